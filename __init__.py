@@ -1,0 +1,1 @@
+"""tokar: image tokenizers and autoregressive image generators on one spine."""

@@ -1,0 +1,1 @@
+"""Config: Hydra groups, and the schema that checks them."""

@@ -1,0 +1,57 @@
+"""The one kind of error a user can cause: a line that says what, where and what to do; exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(Exception):
+    """A mistake that the user can mend.
+
+    Args:
+        what: what is wrong, one clause without a full stop.
+        where: the file, key or value at fault.
+        fix: what to do about it, one clause.
+    """
+
+    def __init__(self, what: str, *, where: object = None, fix: str = "") -> None:
+        self.what, self.where, self.fix = what, where, fix
+        line = what if where is None else f"{where}: {what}"
+        super().__init__(f"{line}; {fix}" if fix else line)
+
+    @property
+    def lines(self) -> list[str]:
+        """One line for each problem."""
+        return [str(self)]
+
+
+class ConfigError(UserError):
+    """All the problems of one config, reported together.
+
+    Args:
+        problems: one line each, with the dotted key first.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("; ".join(self.problems))
+
+    @property
+    def lines(self) -> list[str]:
+        """One line for each problem."""
+        return self.problems
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A hint that names the valid spelling nearest to `name`, or lists the valid ones when none is near."""
+    options = sorted(set(valid))
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    if not options:
+        return "nothing is accepted here"
+    shown = ", ".join(options[:12]) + (", …" if len(options) > 12 else "")
+    return f"choose one of: {shown}"

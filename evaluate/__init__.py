@@ -1,0 +1,1 @@
+"""Metrics with stated protocols, and the report page."""

@@ -1,0 +1,1 @@
+"""Networks: pure torch, no config, no trainer, no data."""

@@ -1,0 +1,125 @@
+"""From a config node to an object, and from a model folder to a model.
+
+A node is a mapping with `_target_: tokar.package.module.Name` and the keyword arguments of that callable;
+nodes may nest. A model folder holds `config.json` (such a node) and `model.safetensors`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+CONFIG_NAME, WEIGHTS_NAME, EMA_NAME = "config.json", "model.safetensors", "ema.safetensors"
+
+
+def build(node: Any, *, trusted: bool = True) -> Any:
+    """Build the object that a config node describes.
+
+    Args:
+        node: a mapping with `_target_`, or any plain value (returned as it is; lists and mappings are walked).
+        trusted: the node comes from the user's own config. When false only targets inside `tokar` are called, so that
+            a downloaded `config.json` cannot run other code.
+
+    Raises:
+        UserError: the target does not exist, is not allowed, or refuses its arguments.
+    """
+    if isinstance(node, Mapping):
+        values = {key: build(value, trusted=trusted) for key, value in node.items() if key != "_target_"}
+        if "_target_" not in node:
+            return values
+        target = _resolve(str(node["_target_"]), trusted)
+        try:
+            return target(**values)
+        except (TypeError, ValueError) as error:
+            raise UserError(str(error), where=node["_target_"], fix="correct the arguments of this node") from error
+    if isinstance(node, list | tuple):
+        return [build(value, trusted=trusted) for value in node]
+    return node
+
+
+def _resolve(path: str, trusted: bool) -> Any:
+    module_name, _, name = path.rpartition(".")
+    if not trusted and not module_name.startswith("tokar."):
+        raise UserError(
+            "a model folder may only name classes of tokar", where=path, fix="build this model from your own config instead"
+        )
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError("no such class", where=path, fix="check the _target_") from error
+
+
+def save_model(folder: Path, node: Mapping[str, Any], weights: Mapping[str, Tensor], extra: Mapping[str, Any] | None = None) -> None:
+    """Write a model folder: `config.json` with the node (and `extra` facts beside it) and `model.safetensors`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"model": dict(node), **(extra or {})}
+    (folder / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n")
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}, folder / WEIGHTS_NAME)
+
+
+def load_model(folder: Path, *, ema: bool = True, device: str | torch.device = "cpu", trusted: bool = False) -> nn.Module:
+    """Read a model folder, strictly, in eval mode.
+
+    Args:
+        folder: holds `config.json` and `model.safetensors` (and perhaps `ema.safetensors`).
+        ema: prefer the averaged weights where there are some.
+        device: where the weights go.
+        trusted: see `build`.
+
+    Raises:
+        UserError: a file is missing or broken, or the weights do not fit the config.
+    """
+    try:
+        content = json.loads((folder / CONFIG_NAME).read_text())
+        node = content["model"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"no readable {CONFIG_NAME}", where=folder, fix="point at a run, a checkpoint or an exported model") from error
+    with torch.device("meta"):
+        model = build(node, trusted=trusted)
+    weights_file = folder / (EMA_NAME if ema and (folder / EMA_NAME).exists() else WEIGHTS_NAME)
+    weights = read_weights(weights_file)
+    load_strict(model, weights, where=weights_file)
+    return model.to(device).eval()
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file by name.
+
+    Raises:
+        UserError: missing, truncated or not a safetensors file.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot be read ({error})", where=path, fix="the file is missing or broken: export or copy it again") from error
+
+
+def load_strict(model: nn.Module, weights: Mapping[str, Tensor], *, where: object) -> None:
+    """Load weights in which every key and shape must fit; the model may live on the meta device.
+
+    Raises:
+        UserError: names the first missing, unexpected or misshapen keys.
+    """
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in weights.items()}
+    problems = [f"missing {name}" for name in own if name not in given]
+    problems += [f"unexpected {name}" for name in given if name not in own]
+    problems += [f"{name} is {given[name]}, not {own[name]}" for name in own if name in given and own[name] != given[name]]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise UserError(
+            f"weights do not fit {type(model).__name__}: {', '.join(problems[:4])}{more}",
+            where=where,
+            fix="use the config these weights were trained with",
+        )
+    model.load_state_dict(dict(weights), assign=True)

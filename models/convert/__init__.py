@@ -1,0 +1,1 @@
+"""Published weights, both ways: a rename table for each family."""

@@ -1,0 +1,1 @@
+"""Autoregressive generators of image codes."""
