@@ -1,0 +1,94 @@
+"""From a published checkpoint to a model folder, and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ...errors import UserError
+from ..build import CONFIG_NAME, WEIGHTS_NAME, build, load_strict, read_weights, save_model
+from . import families
+from .checkpoint import read_checkpoint, unwrap
+from .family import Family, Node, shapes_of
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion found.
+
+    Args:
+        family: its name.
+        wrapper: the key the weights lay under, `""` when bare.
+        node: the `_target_` node of our model, with every size.
+        tensors: number of tensors written.
+        parameters: number of elements in them.
+        dropped: original names without a place in our model.
+        folder: the model folder written.
+    """
+
+    family: str
+    wrapper: str
+    node: Node
+    tensors: int
+    parameters: int
+    folder: Path
+    dropped: list[str] = field(default_factory=list)
+
+
+def convert_file(path: Path, out: Path, family: str | None = None, config: Mapping[str, Any] | None = None) -> ConvertReport:
+    """Read a published checkpoint strictly and write it as a model folder.
+
+    Args:
+        path: `.safetensors`, `.pt`, `.pth` or `.bin`.
+        out: the folder to write.
+        family: its name; recognised from the keys when not given.
+        config: constructor arguments of the original, for what shapes do not tell (e.g. `image_size`).
+
+    Raises:
+        UserError: unreadable, of no known family, or the weights do not fit it.
+    """
+    state, wrapper = unwrap(read_checkpoint(path), where=path)
+    chosen = families.get(family) if family else families.recognise(state, where=path)
+    if not chosen.recognise(shapes_of(state)):
+        raise UserError(f"is not of the family {chosen.name}", where=path, fix="leave the family out: it is recognised")
+    node = chosen.config_from(shapes_of(state), config or {})
+    ours, dropped = chosen.to_ours(state)
+    with torch.device("meta"):
+        load_strict(build(node, trusted=False), ours, where=path)
+    save_model(out, node, ours, {"family": chosen.name})
+    elements = sum(value.numel() for value in ours.values())
+    return ConvertReport(chosen.name, wrapper, node, len(ours), elements, out, dropped)
+
+
+def export_original(folder: Path, out_file: Path, family: str | None = None) -> Family:
+    """Write a model folder in the original's layout: safetensors, or `{"model": state}` for any other suffix.
+
+    Args:
+        folder: written by `convert_file` or by `tokar export`.
+        out_file: `.safetensors`, or `.pt` as the original repositories read it.
+        family: needed only where the folder does not say it.
+
+    Raises:
+        UserError: the folder is unreadable, or no family is known for it.
+    """
+    try:
+        content = json.loads((folder / CONFIG_NAME).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"no readable {CONFIG_NAME}", where=folder, fix="point at an exported model") from error
+    name = family or content.get("family")
+    if name is None:
+        raise UserError("does not say its family", where=folder, fix=f"name it: {', '.join(families.names())}")
+    chosen = families.get(name)
+    theirs = chosen.to_theirs(read_weights(folder / WEIGHTS_NAME))
+    out_file.parent.mkdir(parents=True, exist_ok=True)
+    if out_file.suffix == ".safetensors":
+        save_file({key: value.contiguous() for key, value in theirs.items()}, out_file)
+    else:
+        torch.save({"model": theirs}, out_file)
+    return chosen
