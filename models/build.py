@@ -6,6 +6,7 @@ nodes may nest. A model folder holds `config.json` (such a node) and `model.safe
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 from collections.abc import Mapping
@@ -37,7 +38,7 @@ def build(node: Any, *, trusted: bool = True) -> Any:
         values = {key: build(value, trusted=trusted) for key, value in node.items() if key != "_target_"}
         if "_target_" not in node:
             return values
-        target = _resolve(str(node["_target_"]), trusted)
+        target = resolve_target(str(node["_target_"]), trusted)
         try:
             return target(**values)
         except (TypeError, ValueError) as error:
@@ -47,7 +48,12 @@ def build(node: Any, *, trusted: bool = True) -> Any:
     return node
 
 
-def _resolve(path: str, trusted: bool) -> Any:
+def resolve_target(path: str, trusted: bool = True) -> Any:
+    """The class or function that a `_target_` names.
+
+    Raises:
+        UserError: there is none, or it lies outside tokar and the node is not trusted.
+    """
     module_name, _, name = path.rpartition(".")
     if not trusted and not module_name.startswith("tokar."):
         raise UserError(
@@ -59,7 +65,9 @@ def _resolve(path: str, trusted: bool) -> Any:
         raise UserError("no such class", where=path, fix="check the _target_") from error
 
 
-def save_model(folder: Path, node: Mapping[str, Any], weights: Mapping[str, Tensor], extra: Mapping[str, Any] | None = None) -> None:
+def save_model(
+    folder: Path, node: Mapping[str, Any], weights: Mapping[str, Tensor], extra: Mapping[str, Any] | None = None
+) -> None:
     """Write a model folder: `config.json` with the node (and `extra` facts beside it) and `model.safetensors`."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"model": dict(node), **(extra or {})}
@@ -83,7 +91,9 @@ def load_model(folder: Path, *, ema: bool = True, device: str | torch.device = "
         content = json.loads((folder / CONFIG_NAME).read_text())
         node = content["model"]
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"no readable {CONFIG_NAME}", where=folder, fix="point at a run, a checkpoint or an exported model") from error
+        raise UserError(
+            f"no readable {CONFIG_NAME}", where=folder, fix="point at a run, a checkpoint or an exported model"
+        ) from error
     with torch.device("meta"):
         model = build(node, trusted=trusted)
     weights_file = folder / (EMA_NAME if ema and (folder / EMA_NAME).exists() else WEIGHTS_NAME)
@@ -101,11 +111,23 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot be read ({error})", where=path, fix="the file is missing or broken: export or copy it again") from error
+        raise UserError(
+            f"cannot be read ({error})", where=path, fix="the file is missing or broken: export or copy it again"
+        ) from error
 
 
 def load_strict(model: nn.Module, weights: Mapping[str, Tensor], *, where: object) -> None:
     """Load weights in which every key and shape must fit; the model may live on the meta device.
+
+    Raises:
+        UserError: see `check_fit`.
+    """
+    check_fit(model, weights, where=where)
+    model.load_state_dict(dict(weights), assign=True)
+
+
+def check_fit(model: nn.Module, weights: Mapping[str, Tensor], *, where: object) -> None:
+    """Every key and shape of `weights` must be the model's.
 
     Raises:
         UserError: names the first missing, unexpected or misshapen keys.
@@ -122,4 +144,38 @@ def load_strict(model: nn.Module, weights: Mapping[str, Tensor], *, where: objec
             where=where,
             fix="use the config these weights were trained with",
         )
-    model.load_state_dict(dict(weights), assign=True)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes of a model's state: tells whose codes these are."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def locate_model(path: Path, name: str | None = None) -> Path:
+    """The model folder that `path` means: itself, or the main network of a checkpoint or of a run's newest one.
+
+    Args:
+        path: an exported model, a checkpoint, or a run folder.
+        name: a network of the checkpoint other than the main one.
+
+    Raises:
+        UserError: there is no model here.
+    """
+    if (path / CONFIG_NAME).is_file():
+        return path
+    complete = [marker.parent for marker in sorted(path.glob("checkpoints/step-*/COMPLETE"))]
+    checkpoint = path if (path / "COMPLETE").is_file() else complete[-1] if complete else None
+    if checkpoint is None:
+        what = "no model here" if path.exists() else "no such file or folder"
+        raise UserError(what, where=path, fix="point at a run with a checkpoint, or at an exported model")
+    return checkpoint / (name or json.loads((checkpoint / "state.json").read_text())["main"])
+
+
+def model_facts(folder: Path) -> dict[str, Any]:
+    """What lies in `config.json` beside the model's node: layout, classes, …"""
+    content = json.loads((folder / CONFIG_NAME).read_text())
+    return {key: value for key, value in content.items() if key != "model"}

@@ -1,0 +1,237 @@
+"""From a stage and overrides to a checked config: Hydra composes, the schema checks the whole tree, all problems at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from ..errors import ConfigError, UserError, nearest
+from .schema import FILLED, SCHEMAS, Node
+from .signature import check_components, say
+
+ROOT = Path(__file__).resolve().parent
+ROOTS = {"tokenizer": "train_tokenizer", "generator": "train_generator", "classifier": "train_classifier"}
+"""Root YAML of each stage, where it is not the stage's own name."""
+
+NEUTRAL = ("name", "paths", "logger", "loop.log_every", "loop.keep", "loop.keep_every", "data.workers", "data.path", "data.decoder",
+           "strategy.threads", "resume_from")  # fmt: skip
+"""Keys that do not change what a run computes: they neither name its folder nor forbid to resume it."""
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A checked config: typed for code, plain for files."""
+
+    typed: Any
+    plain: dict[str, Any]
+    overrides: tuple[str, ...]
+
+    def yaml(self) -> str:
+        """The resolved config as YAML."""
+        return str(OmegaConf.to_yaml(OmegaConf.create(self.plain)))
+
+
+def compose(stage: str, overrides: Sequence[str]) -> Composed:
+    """Compose and check the config of `stage`.
+
+    Raises:
+        ConfigError: every problem, one line each.
+    """
+    if stage not in SCHEMAS:
+        raise UserError("no such stage", where=stage, fix=nearest(stage, SCHEMAS))
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=str(ROOT), version_base=None):
+        usable, problems = _sort_overrides(overrides)
+        plain = _compose(ROOTS.get(stage, stage), usable, problems)
+    return check(stage, plain, overrides, problems)
+
+
+def check(stage: str, plain: dict[str, Any], overrides: Sequence[str] = (), problems: Sequence[str] = ()) -> Composed:
+    """Check plain containers against the schema of `stage`.
+
+    Raises:
+        ConfigError: every problem, those in `problems` first.
+    """
+    found = list(problems)
+    if plain.get("stage") != stage:
+        raise ConfigError([*found, f"experiment={plain.get('experiment')}: belongs to stage {plain.get('stage')!r}, not {stage!r}; "
+                                   f"run `tokar train {plain.get('stage')} experiment={plain.get('experiment')}`"])  # fmt: skip
+    typed = None
+    try:
+        typed = SCHEMAS[stage].model_validate(plain)
+    except ValidationError as error:
+        found += _schema_problems(error, SCHEMAS[stage])
+    found += check_components(plain, FILLED.get(stage, frozenset()))
+    if typed is not None:
+        found += _conflicts(typed)
+    if found or typed is None:
+        raise ConfigError(found)
+    return Composed(typed, plain, tuple(overrides))
+
+
+def groups() -> dict[str, list[str]]:
+    """Config groups and their options, e.g. `{"experiment": ["digits_vqgan", …]}`."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(ROOT.glob("*/**/*.yaml")):
+        relative = path.relative_to(ROOT)
+        found.setdefault(relative.parent.as_posix(), []).append(relative.stem)
+    return found
+
+
+def _sort_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides that Hydra can take, and the problems of the others.
+
+    Values are forced in (`++`), so that Hydra does not stop at the first unknown key: the schema then names them all.
+    """
+    loader = GlobalHydra.instance().config_loader()
+    parser = OverridesParser.create()
+    usable, problems = [], []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            problems.append(f"{text}: not an override ({str(error).splitlines()[0]}); write key=value")
+            continue
+        problem = _override_problem(override, text, loader)
+        if problem:
+            problems.append(problem)
+        elif override.is_delete() or _is_group(override, loader):
+            usable.append(text)
+        else:
+            usable.append("++" + text.lstrip("+"))
+    return usable, problems
+
+
+def _is_group(override: Override, loader: ConfigLoader) -> bool:
+    key = override.key_or_group
+    return key.startswith("hydra") or bool(loader.get_group_options(key)) and isinstance(override.value(), str | None)
+
+
+def _override_problem(override: Override, text: str, loader: ConfigLoader) -> str | None:
+    if override.is_sweep_override():
+        return f"{text}: several values; add --multirun or quote the value"
+    options = loader.get_group_options(override.key_or_group)
+    value = override.value()
+    if options and isinstance(value, str) and value not in options:
+        return f"{override.key_or_group}={value}: no such option; {nearest(value, options)}"
+    return None
+
+
+def _compose(config_name: str, overrides: Sequence[str], problems: list[str]) -> dict[str, Any]:
+    try:
+        config = hydra_compose(config_name=config_name, overrides=list(overrides))
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+    except (HydraException, OmegaConfBaseException) as error:
+        line = " ".join(part.strip() for part in str(error).splitlines() if part.strip())
+        raise ConfigError([*problems, f"{config_name}: {line}"]) from error
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _schema_problems(error: ValidationError, schema: type[Node]) -> Iterator[str]:
+    seen: set[str] = set()
+    for item in error.errors():
+        location = [part for part in item["loc"] if not _is_union_branch(part)]
+        path = ".".join(str(part) for part in location)
+        if path in seen:
+            continue
+        seen.add(path)
+        if item["type"] == "extra_forbidden":
+            yield f"{path}: no such key; {nearest(str(location[-1]), _fields(schema, location[:-1]))}"
+        elif item["type"] == "missing" or item["input"] == "???":
+            yield f"{path}: missing; give it a value with {path}=…"
+        else:
+            yield f"{path}: {say(item, item['input'])}"
+
+
+def _is_union_branch(part: int | str) -> bool:
+    """Pydantic adds the name of each branch of a union to the location."""
+    return isinstance(part, str) and (part in {"float", "int", "str", "bool"} or "[" in part or part.startswith("function-"))
+
+
+def _fields(schema: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    """Valid names at `location` of the schema."""
+    for part in location:
+        field = schema.model_fields.get(str(part))
+        inner = _model_in(field.annotation) if field else None
+        if inner is None:
+            return []
+        schema = inner
+    return list(schema.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) is Union or get_args(annotation):
+        return next((model for model in map(_model_in, get_args(annotation)) if model), None)
+    return None
+
+
+def _conflicts(config: Any) -> Iterator[str]:
+    """Pairs of settings that cannot work together, each with the nearest that does."""
+    losses = getattr(config, "losses", None)
+    if losses is not None and losses.perceptual_weight > 0 and not losses.lpips_weights:
+        yield "losses.lpips_weights: missing; LPIPS needs a weights file, give its path or set losses.perceptual_weight=0"
+    if losses is not None and losses.lpips_weights and not Path(losses.lpips_weights).is_file():
+        yield f"losses.lpips_weights: no file {losses.lpips_weights}; give the path of VGG16 and linear-head weights"
+    if losses is not None and losses.adaptive and config.discriminator is None:
+        yield "losses.adaptive: there is no discriminator; set losses.adaptive=false or discriminator=patchgan"
+    codes = getattr(config, "codes", None)
+    if codes is not None and not codes.path and not codes.tokenizer:
+        yield "codes.tokenizer: missing; give a tokenizer run (codes.tokenizer=runs/…) or code shards (codes.path=…)"
+    loop, strategy = getattr(config, "loop", None), getattr(config, "strategy", None)
+    if loop is not None and strategy is not None:
+        yield from _batch_conflicts(loop, strategy)
+    if strategy is not None:
+        yield from _strategy_conflicts(strategy)
+
+
+def _batch_conflicts(loop: Any, strategy: Any) -> Iterator[str]:
+    parts = strategy.devices * strategy.nodes * loop.accumulate
+    if loop.batch_size < parts:
+        yield (f"loop.batch_size: {loop.batch_size} samples cannot fill {parts} micro-batches "
+               f"(devices × nodes × accumulate); raise it to {parts} or lower loop.accumulate")  # fmt: skip
+
+
+def _strategy_conflicts(strategy: Any) -> Iterator[str]:
+    if strategy.name == "single" and strategy.devices * strategy.nodes > 1:
+        yield f"strategy.name: single uses one device, not {strategy.devices * strategy.nodes}; set strategy=ddp"
+    if strategy.precision == "fp16" and strategy.accelerator == "cpu":
+        yield "strategy.precision: fp16 needs a GPU; set strategy.precision=bf16 or fp32"
+
+
+def flatten(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and leaf values of a config."""
+    leaves: dict[str, Any] = {}
+    for key, value in plain.items():
+        if isinstance(value, Mapping) and value:
+            leaves.update(flatten(value, f"{prefix}{key}."))
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Keys that change what a run computes and differ, as `key: old → new`."""
+    new, old = flatten(mine), flatten(theirs)
+    keys = [key for key in sorted(new.keys() | old.keys()) if not is_neutral(key)]
+    return [f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in keys if new.get(key) != old.get(key)]
+
+
+def is_neutral(key: str) -> bool:
+    """The key does not change what a run computes."""
+    return any(key == name or key.startswith(name + ".") for name in NEUTRAL)

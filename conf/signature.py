@@ -1,0 +1,145 @@
+"""Checks a `_target_` node against the constructor it names, without importing it.
+
+The signature is the schema: argument names, types and ranges are read from the source by `ast`, so that a config error
+answers before torch is imported. Only targets inside tokar are read; others are checked when they are built.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from .. import ranges
+from ..errors import nearest
+
+ROOT = Path(__file__).resolve().parents[1]
+_NAMES: dict[str, Any] = {
+    "int": int, "float": float, "bool": bool, "str": str, "None": None, "tuple": tuple, "list": list, "dict": dict,
+    "Literal": Literal, "Sequence": Sequence, "Mapping": Mapping, "Any": Any,
+    **{name: value for name, value in vars(ranges).items() if name[0].isupper()},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One argument of a constructor; `adapter` is `None` where the annotation names a built object."""
+
+    name: str
+    adapter: TypeAdapter[Any] | None
+    required: bool
+
+
+class NoTarget(LookupError):
+    """The `_target_` names nothing in tokar."""
+
+
+def parameters(target: str) -> dict[str, Parameter] | None:
+    """Arguments of the class or function `tokar.package.module.Name`; `None` when it lies outside tokar.
+
+    Raises:
+        NoTarget: there is no such module or name; the message holds a hint.
+    """
+    return _parameters(target) if target.startswith("tokar.") else None
+
+
+@functools.cache
+def _parameters(target: str) -> dict[str, Parameter]:
+    module, _, name = target.removeprefix("tokar.").rpartition(".")
+    path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+    if not path.is_file():
+        raise NoTarget(f"no module {'tokar.' + module!r}; check the _target_")
+    definitions = {
+        node.name: node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef | ast.FunctionDef)
+    }
+    if name not in definitions:
+        raise NoTarget(f"no {name!r} in tokar.{module}; {nearest(name, definitions)}")
+    node = definitions[name]
+    if isinstance(node, ast.ClassDef):
+        inits = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
+        if not inits:
+            return {}
+        node = inits[0]
+    return {parameter.name: parameter for parameter in _read_arguments(node.args)}
+
+
+def _read_arguments(arguments: ast.arguments) -> Iterator[Parameter]:
+    positional = [argument for argument in arguments.args if argument.arg != "self"]
+    first_default = len(positional) - len(arguments.defaults)
+    for index, argument in enumerate(positional):
+        yield Parameter(argument.arg, _adapter(argument.annotation), required=index < first_default)
+    for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+        yield Parameter(argument.arg, _adapter(argument.annotation), required=default is None)
+
+
+def _adapter(annotation: ast.expr | None) -> TypeAdapter[Any] | None:
+    if annotation is None:
+        return None
+    try:
+        evaluated = eval(compile(ast.Expression(annotation), "<annotation>", "eval"), {"__builtins__": {}}, _NAMES)
+    except (NameError, AttributeError, TypeError):
+        return None  # names an object (nn.Module, …) that the builder makes from a nested node
+    return TypeAdapter(evaluated, config=ConfigDict(strict=False))
+
+
+def check_components(tree: Any, filled: frozenset[str] = frozenset(), path: str = "") -> Iterator[str]:
+    """Problems of every `_target_` node below `tree`, one line each, dotted path first.
+
+    Args:
+        tree: the config as plain containers.
+        filled: argument names that a stage fills in by itself, so they need not be given.
+        path: dotted path of `tree`.
+    """
+    if isinstance(tree, Mapping):
+        if "_target_" in tree:
+            yield from _check_node(tree, filled, path)
+        for key, value in tree.items():
+            yield from check_components(value, filled, f"{path}.{key}" if path else str(key))
+    elif isinstance(tree, list):
+        for index, value in enumerate(tree):
+            yield from check_components(value, filled, f"{path}[{index}]")
+
+
+def _check_node(node: Mapping[str, Any], filled: frozenset[str], path: str) -> Iterator[str]:
+    try:
+        expected = parameters(str(node["_target_"]))
+    except NoTarget as error:
+        yield f"{path}._target_: {error}"
+        return
+    if expected is None:
+        return
+    given = {key: value for key, value in node.items() if key != "_target_"}
+    for key, value in given.items():
+        if key not in expected:
+            yield f"{path}.{key}: no such key; {nearest(key, expected)}"
+        else:
+            yield from _check_value(expected[key], value, f"{path}.{key}")
+    for key, parameter in expected.items():
+        if parameter.required and key not in given and key not in filled:
+            yield f"{path}.{key}: missing; {node['_target_'].rpartition('.')[2]} needs it"
+
+
+def _check_value(parameter: Parameter, value: Any, path: str) -> Iterator[str]:
+    if isinstance(value, Mapping) and "_target_" in value:
+        return
+    if parameter.adapter is None:
+        return
+    try:
+        parameter.adapter.validate_python(value)
+    except ValidationError as error:
+        yield f"{path}: {say(error.errors()[0], value)}"
+
+
+def say(error: Mapping[str, Any], value: Any) -> str:
+    """One clause for a pydantic error."""
+    message = str(error["msg"])
+    message = message.removeprefix("Input should be ").removeprefix("Value error, ")
+    lead = "" if message != error["msg"] and error["type"] == "value_error" else "must be "
+    if error["type"] == "value_error":
+        return message
+    return f"{lead}{message}, not {value!r}"

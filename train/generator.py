@@ -1,0 +1,68 @@
+"""The generator stage: next-token (or any plan's) likelihood of codes, from code shards or encoded on the fly."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..conf.schema import GeneratorRun
+from ..data.stream import to_image, to_uint8
+from ..models.build import build
+from ..models.generators.base import Generator
+from ..models.samplers.decode import sample
+from ..models.tokenizers.base import Tokenizer
+from .clock import Clock
+from .randomness import sample_uniform
+from .stage import Batch, Networks
+from .strategy import Trainable
+
+DROPOUT_SALT = 1
+
+
+class GeneratorStage:
+    """Maximum likelihood of codes given a class; a share of the samples is trained without its class.
+
+    Args:
+        config: of the run.
+        node: the generator's node, complete with what the layout and the classes decide.
+        tokenizer: decodes codes for pictures, and encodes images where there are no code shards; frozen. `None`: no pictures.
+        facts: layout, classes, tokenizer: what a reader of the weights must know.
+    """
+
+    def __init__(self, config: GeneratorRun, node: dict[str, Any], tokenizer: Tokenizer | None, facts: dict[str, Any]) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.generator: Generator = build(node)
+        self.trainables = {"generator": Trainable(self.generator, node, config.optim, facts=facts)}
+        self.frozen: list[nn.Module] = [] if tokenizer is None else [tokenizer.requires_grad_(False).eval()]
+
+    def step(self, batch: Batch, clock: Clock, networks: Networks) -> dict[str, Tensor]:
+        """One micro-batch."""
+        uniform = sample_uniform(self.config.seed, batch["epoch"], batch["index"], DROPOUT_SALT)
+        condition = torch.where(uniform < self.config.class_dropout, self.generator.null_class, batch["label"])
+        losses = networks["generator"](self._codes(batch), condition)
+        networks["generator"].backward(losses["loss"])
+        return losses
+
+    def _codes(self, batch: Batch) -> Tensor:
+        if "codes" in batch:
+            return batch["codes"].long()
+        assert self.tokenizer is not None
+        with torch.no_grad():
+            return self.tokenizer.encode(to_image(batch["image"])).codes
+
+    def evaluate(self, batch: Batch, networks: Networks) -> dict[str, Tensor]:
+        """Loss in nats and bits per token of held-out codes, given their class."""
+        losses = networks["generator"](self._codes(batch), batch["label"])
+        return {**losses, "bits_per_token": losses["loss"] / math.log(2)}
+
+    def draw(self, batch: Batch, networks: Networks) -> dict[str, Tensor]:
+        """Samples, classes in turn; the same seeds every time."""
+        if self.tokenizer is None:
+            return {}
+        classes = torch.arange(len(batch["label"]), device=batch["label"].device) % self.generator.num_classes
+        sampling = self.config.sampling.model_dump()
+        codes = sample(networks["generator"].module, classes, seed=self.config.seed, **sampling)
+        return {"samples": to_uint8(self.tokenizer.decode(codes))}

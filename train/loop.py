@@ -1,0 +1,176 @@
+"""The loop every stage shares: accumulate, clip, step, average, log, evaluate, draw, save, stop at a step boundary."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..conf.schema import Loop as LoopConfig
+from ..conf.schema import ScheduleConfig
+from ..data.stream import Stream
+from ..evaluate.images import save_grid
+from . import checkpoint
+from .clock import Clock
+from .logging import Meters, MetricsFile, Progress, Stopwatch, Wandb
+from .randomness import seed_step
+from .schedule import factor
+from .signals import StopFlag, Stopped
+from .stage import Batch, Stage
+from .strategy import Network, Workers
+
+
+@dataclass
+class Fit:
+    """Everything one training needs, built by `run.py`; `fit()` trains until the clock's total."""
+
+    stage: Stage
+    workers: Workers
+    networks: dict[str, Network]
+    train: Stream
+    validate: Callable[[int, int], Iterator[Batch]]
+    clock: Clock
+    loop: LoopConfig
+    schedule: ScheduleConfig
+    seed: int
+    folder: Path
+    facts: dict[str, Any]
+    metrics: MetricsFile
+    timing: MetricsFile
+    wandb: Wandb
+    progress: Progress
+    stop: StopFlag
+    meters: Meters = field(default_factory=Meters)
+
+    def fit(self) -> None:
+        """Train to the end.
+
+        Raises:
+            Stopped: a signal asked for it; the checkpoint is written.
+        """
+        watch = Stopwatch()
+        batches = self.train.batches(self.clock.samples)
+        while not self.clock.finished:
+            asked = time.perf_counter()
+            micro_batches = [self._to_device(batch) for batch in next(batches)]
+            waited = time.perf_counter() - asked
+            self._step(micro_batches)
+            self.clock = self.clock.advanced()
+            watch.step(self.clock.batch_size, waited)
+            self._boundary(watch)
+
+    def _step(self, micro_batches: list[Batch]) -> None:
+        seed_step(self.seed, self.clock.step, self.workers.rank)
+        lr_factor = factor(self.schedule, self.clock)
+        for number, batch in enumerate(micro_batches, 1):
+            count = len(batch["label"])
+            weight = count * self.workers.world / self.clock.batch_size  # ranks average, so this makes one mean over the batch
+            with self.workers.micro_batch(self.networks, weight, last=number == len(micro_batches)):
+                metrics = self.stage.step(batch, self.clock, self.networks)
+            self.meters.add({f"train/{name}": value for name, value in metrics.items()}, count)
+        for name, network in self.networks.items():
+            norm = network.step(lr_factor)
+            if norm is not None:
+                self.meters.add({f"optim/{name}_grad_norm": norm}, 1)
+            if norm is not None and network.ema is not None:
+                network.ema.update(self.clock.step + 1)
+        self.meters.add({"optim/lr_factor": torch.tensor(lr_factor)}, 1)
+
+    def _boundary(self, watch: Stopwatch) -> None:
+        """What may happen between two steps, in this order."""
+        loop, clock = self.loop, self.clock
+        note = ""
+        if clock.step % loop.log_every == 0 or clock.finished:
+            note = self._log(watch)
+        if clock.due(loop.eval_every) or clock.finished:
+            note = self._evaluate() or note
+        if clock.due(loop.sample_every) or clock.finished:
+            self._draw()
+        self.progress.update(clock, note)
+        stopping = self.workers.any(self.stop.signal is not None)
+        if clock.due(loop.save_every) or clock.finished or stopping:
+            self._save()
+        if stopping and not clock.finished:
+            raise Stopped(self.stop.signal or 15, clock.step)
+
+    def _log(self, watch: Stopwatch) -> str:
+        values = self.meters.read(self.workers.sum)
+        speed = watch.read()
+        self.metrics.write(self.clock, values)
+        self.timing.write(self.clock, {**speed, **_memory(self.workers.device)})
+        self.wandb.write(self.clock, {**values, **speed})
+        shown = {name.removeprefix("train/"): value for name, value in values.items() if name in ("train/loss", "train/usage")}
+        parts = [f"{name} {value:.4f}" for name, value in shown.items()] + [f"{speed['images_per_s']:.0f} images/s"]
+        return "  ".join(parts)
+
+    def _evaluate(self) -> str:
+        meters = Meters()
+        with self._averaged():
+            for batch in self.validate(self.loop.eval_samples, self.workers.rank):
+                batch = self._to_device(batch)
+                metrics = self.stage.evaluate(batch, self.networks)
+                meters.add({f"val/{name}": value for name, value in metrics.items()}, len(batch["label"]))
+        values = meters.read(self.workers.sum)
+        self.metrics.write(self.clock, values)
+        self.wandb.write(self.clock, values)
+        return "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+
+    def _draw(self) -> None:
+        if self.workers.rank != 0:
+            return
+        with self._averaged():
+            batch = self._to_device(next(iter(self.validate(32, 0))))
+            pictures = self.stage.draw(batch, self.networks)
+        for name, images in pictures.items():
+            path = self.folder / "samples" / f"step-{self.clock.step:08d}-{name}.png"
+            path.parent.mkdir(exist_ok=True)
+            save_grid(images.cpu().numpy(), path)
+            self.wandb.write_picture(self.clock, name, path)
+
+    def _save(self) -> None:
+        self.metrics.sync()
+        state = {
+            "step": self.clock.step, "samples": self.clock.samples, "seed": self.seed, "world": self.workers.world,
+            "main": next(iter(self.networks)), **self.facts,
+        }  # fmt: skip
+        folder = self.folder / "checkpoints"
+        if self.workers.rank == 0:
+            checkpoint.save(folder, self.networks, self.meters.sums, state)
+            checkpoint.prune(folder, self.loop.keep, self._kept)
+        self.workers.barrier()
+
+    def _kept(self, step: int) -> bool:
+        every = self.loop.keep_every
+        return every is not None and step % max(1, self.clock.steps(every)) == 0
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {name: value.to(self.workers.device, non_blocking=True) for name, value in batch.items()}
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Inside: averaged weights where there are some, eval mode, no gradient, and random numbers of its own."""
+        modes = {name: network.module.training for name, network in self.networks.items()}
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            for network in self.networks.values():
+                network.module.eval()
+                if network.ema is not None:
+                    stack.enter_context(network.ema.applied())
+            yield
+        for name, network in self.networks.items():
+            network.module.train(modes[name])
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    """Peak memory in MiB: of the GPU since the start, or of the process."""
+    if device.type == "cuda":
+        return {"memory_mib": torch.cuda.max_memory_allocated(device) / 2**20}
+    import resource
+
+    return {"memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}

@@ -1,0 +1,52 @@
+"""Optimizers, and their state by parameter name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..conf.schema import Optim
+from ..errors import UserError
+
+
+def make_optimizer(config: Optim, module: nn.Module) -> torch.optim.Optimizer:
+    """AdamW or Adam over the trainable parameters of `module`, decayed ones and others in two groups.
+
+    Matrices and convolutions are decayed; biases, norms and other one-dimensional parameters only with `decay_vectors`.
+    """
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    decayed = [parameter for _, parameter in named if parameter.ndim >= 2 or config.decay_vectors]
+    others = [parameter for _, parameter in named if not (parameter.ndim >= 2 or config.decay_vectors)]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    return kind([group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def export_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
+    """Optimizer state as tensors named `{moment}/{parameter}`: independent of parameter order and groups."""
+    return {
+        f"{key}/{name}": value.detach() if isinstance(value, Tensor) else torch.tensor(value)
+        for name, parameter in module.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def import_state(optimizer: torch.optim.Optimizer, module: nn.Module, state: Mapping[str, Tensor], *, where: object) -> None:
+    """The inverse of `export_state`.
+
+    Raises:
+        UserError: the state names parameters that `module` does not have.
+    """
+    parameters = dict(module.named_parameters())
+    for key, value in state.items():
+        moment, _, name = key.partition("/")
+        if name not in parameters:
+            raise UserError(
+                f"optimizer state of an unknown parameter {name}", where=where, fix="resume with the config of that run"
+            )
+        parameter = parameters[name]
+        # `step` stays on the CPU unless the optimizer is fused on a GPU, where it lives beside the parameter.
+        device = parameter.device if value.ndim or parameter.is_cuda else value.device
+        optimizer.state[parameter][moment] = value.to(device).clone()

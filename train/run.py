@@ -1,0 +1,116 @@
+"""The one order of events of a training run.
+
+1 compose and check the config · 2 start the workers · 3 open the data · 4 build the stage (on every rank from one seed) ·
+5 claim the run folder and write the snapshot · 6 restore: own newest checkpoint → `resume_from` → `init_from` → fresh ·
+7 fit · 8 report.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..conf.compose import Composed, compose
+from ..conf.duration import Duration
+from . import checkpoint
+from .clock import Clock
+from .folder import RunFolder, run_folder
+from .logging import METRICS_NAME, TIMING_NAME, Meters, MetricsFile, Progress, Wandb
+from .loop import Fit
+from .signals import StopFlag, Stopped
+from .stages import BUILDERS, Built
+from .strategy import Network, Workers
+
+
+def train(stage: str, overrides: Sequence[str]) -> int:
+    """Run a training stage; returns the exit code (0 done, 75 stopped by a signal after saving, 130 by Ctrl-C)."""
+    composed = compose(stage, overrides)
+    workers = Workers(composed.typed.strategy)
+    workers.launch()
+    stop = StopFlag()
+    stop.install()
+    return run(composed, workers, stop)
+
+
+def run(composed: Composed, workers: Workers, stop: StopFlag) -> int:
+    """Steps 3 to 8."""
+    config = composed.typed
+    torch.manual_seed(config.seed)
+    built = BUILDERS[config.stage](config, workers)
+    path = run_folder(composed)
+    folder = RunFolder(path, composed) if workers.rank == 0 else None
+    workers.barrier()
+    for module in built.stage.frozen:
+        module.to(workers.device)
+    networks = workers.wrap(built.stage.trainables, config.ema)
+    fit = _fit(composed, built, workers, networks, path, stop)
+    if fit.clock.finished:
+        fit.progress.say(f"{path}: already finished at step {fit.clock.step}")
+        return 0
+    try:
+        fit.fit()
+    except Stopped as stopped:
+        fit.progress.say(f"{path}: {stopped}")
+        return stopped.exit_code
+    finally:
+        fit.progress.close()
+        fit.wandb.finish()
+    if folder is not None:
+        fit.progress.say(f"{path}: done, {fit.clock.step} steps; see it with `tokar report {path}`")
+    return 0
+
+
+def _fit(composed: Composed, built: Built, workers: Workers, networks: dict[str, Network], path: Path, stop: StopFlag) -> Fit:
+    config = composed.typed
+    size = len(built.train.dataset)
+    batch = config.loop.batch_size
+    clock = Clock(0, 0, Duration.parse(config.loop.duration).steps(batch, size), batch, size)
+    warn = _warner(workers.rank)
+    meters = Meters()
+    saved = _restore_point(config, path, warn)
+    if saved is not None:
+        meters.sums = {key: value.to(workers.device) for key, value in checkpoint.restore(saved, networks).items()}
+        clock = Clock(saved.step, saved.state["samples"], clock.total, batch, size)
+    elif config.init_from:
+        _initialise(Path(config.init_from), networks)
+    main = workers.rank == 0
+    progress = Progress(path.name, clock, enabled=main and config.logger.progress)
+    if saved is not None:
+        progress.say(f"{path}: going on from {saved.path} at step {saved.step}")
+    logs = path if main else path / f".rank-{workers.rank}"
+    logs.mkdir(parents=True, exist_ok=True)
+    return Fit(
+        stage=built.stage, workers=workers, networks=networks, train=built.train, validate=built.validate, clock=clock,
+        loop=config.loop, schedule=config.schedule, seed=config.seed, folder=path, facts={"config": composed.plain},
+        metrics=MetricsFile(logs / METRICS_NAME, clock.step), timing=MetricsFile(logs / TIMING_NAME, clock.step),
+        wandb=Wandb(config.logger.wandb, path, path.name, composed.plain) if main else Wandb.silent(),
+        progress=progress, stop=stop, meters=meters,
+    )  # fmt: skip
+
+
+def _restore_point(config: Any, path: Path, warn: Callable[[str], None]) -> checkpoint.Saved | None:
+    folder = path / "checkpoints"
+    checkpoint.sweep_unfinished(folder)
+    saved = checkpoint.newest(folder, warn)
+    if saved is None and config.resume_from:
+        saved = checkpoint.find(Path(config.resume_from), warn)
+    return saved
+
+
+def _initialise(path: Path, networks: dict[str, Network]) -> None:
+    """Weights of the main network from a run, a checkpoint or an exported model."""
+    from ..models.build import load_model, locate_model
+
+    name, network = next(iter(networks.items()))
+    weights = load_model(locate_model(path), trusted=True).state_dict()
+    checkpoint.copy_weights(network, weights, where=path)
+    if network.ema is not None:
+        network.ema.load(weights)
+
+
+def _warner(rank: int) -> Callable[[str], None]:
+    return (lambda line: print(f"warning: {line}", file=sys.stderr)) if rank == 0 else (lambda line: None)

@@ -1,0 +1,34 @@
+"""Learning-rate factors as pure functions of the step: nothing to save, nothing to restore."""
+
+from __future__ import annotations
+
+import math
+
+from ..conf.schema import ScheduleConfig
+from .clock import Clock
+
+
+def factor(config: ScheduleConfig, clock: Clock) -> float:
+    """The learning rate of the step about to be taken, as a factor of `optim.lr`, in [0, 1].
+
+    Warm-up rises linearly from 1/warmup to 1 over the first `warmup` steps. After it, with p the progress through the rest:
+    `constant` 1; `linear` 1 → floor; `cosine` half a cosine 1 → floor; `wsd` 1, then over the last share `decay`
+    floor + (1 - floor)·(1 - sqrt(q)) with q the progress through that share (the WSD schedule of GigaTok's generators).
+    """
+    warmup = clock.steps(config.warmup)
+    if clock.step < warmup:
+        return (clock.step + 1) / warmup
+    progress = min(1.0, (clock.step - warmup) / max(1, clock.total - warmup))
+    return config.floor + (1 - config.floor) * _shape(config, progress)
+
+
+def _shape(config: ScheduleConfig, progress: float) -> float:
+    match config.kind:
+        case "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        case "linear":
+            return 1 - progress
+        case "wsd" if config.decay > 0:
+            return 1 - math.sqrt(max(0.0, (progress - (1 - config.decay)) / config.decay))
+        case _:
+            return 1.0

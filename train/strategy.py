@@ -1,0 +1,142 @@
+"""How the work is spread: Fabric wraps the networks, which know nothing of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from ..conf.schema import Ema as EmaConfig
+from ..conf.schema import Optim
+from ..conf.schema import Strategy as StrategyConfig
+from ..errors import UserError
+from .ema import Ema
+from .optim import make_optimizer
+
+_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A network that a stage wants trained.
+
+    Args:
+        module: the plain network.
+        node: its config node, saved beside the weights.
+        optim: who optimises it.
+        ema: whether its weights are averaged, when the run averages any.
+        facts: what else a reader of the weights must know (layout, classes, …), saved beside them.
+    """
+
+    module: nn.Module
+    node: dict[str, Any]
+    optim: Optim
+    ema: bool = True
+    facts: dict[str, Any] | None = None
+
+
+class Network:
+    """A network in training: the plain module, its wrapped form, its optimizer and its average."""
+
+    def __init__(self, fabric: Fabric, trainable: Trainable, ema: EmaConfig | None, strategy: StrategyConfig) -> None:
+        self._fabric, self.trainable, self.module = fabric, trainable, trainable.module
+        if strategy.channels_last:
+            self.module.to(memory_format=torch.channels_last)
+        self.optimizer = make_optimizer(trainable.optim, self.module)
+        forward = torch.compile(self.module) if strategy.compile else self.module
+        self.wrapped, self._stepper = fabric.setup(forward, self.optimizer)
+        self.ema = Ema(self.module, ema) if ema is not None and trainable.ema else None
+        self._weight, self._pending = 1.0, False
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Forward through the wrapper: precision, gradient synchronisation."""
+        return self.wrapped(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss` (a mean over this rank's micro-batch) to the step's."""
+        self._fabric.backward(loss * self._weight, model=self.wrapped)
+        self._pending = True
+
+    def step(self, lr_factor: float) -> Tensor | None:
+        """Clip, update, clear. Returns the gradient norm before clipping; `None` when there was no backward since."""
+        if not self._pending:
+            return None
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.trainable.optim.lr * lr_factor
+        clip = self.trainable.optim.clip or float("inf")
+        norm = self._fabric.clip_gradients(self.wrapped, self._stepper, max_norm=clip, error_if_nonfinite=False)
+        self._stepper.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._pending = False
+        return norm
+
+
+class Workers:
+    """The processes of a run and their devices."""
+
+    def __init__(self, config: StrategyConfig) -> None:
+        if config.accelerator == "cuda" and not torch.cuda.is_available():
+            raise UserError("no GPU is visible", where="strategy.accelerator=cuda", fix="set strategy.accelerator=auto or cpu")
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.config = config
+        self.fabric = Fabric(
+            accelerator=config.accelerator,
+            strategy="ddp" if config.name == "ddp" else "auto",
+            devices=config.devices,
+            num_nodes=config.nodes,
+            precision=_PRECISION[config.precision],  # type: ignore[arg-type]
+        )
+        if self.fabric.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+
+    @property
+    def rank(self) -> int:
+        """This process among all."""
+        return int(self.fabric.global_rank)
+
+    @property
+    def world(self) -> int:
+        """Number of processes."""
+        return int(self.fabric.world_size)
+
+    @property
+    def device(self) -> torch.device:
+        """This process's device."""
+        return self.fabric.device
+
+    def launch(self) -> None:
+        """Start the other processes, when the strategy has some and no launcher did."""
+        self.fabric.launch()
+
+    def wrap(self, trainables: dict[str, Trainable], ema: EmaConfig | None) -> dict[str, Network]:
+        """Put networks on their devices under their optimizers."""
+        return {name: Network(self.fabric, item, ema, self.config) for name, item in trainables.items()}
+
+    @contextmanager
+    def micro_batch(self, networks: dict[str, Network], weight: float, *, last: bool) -> Iterator[None]:
+        """Inside, gradients are weighted by `weight` and only synchronised between ranks in the last micro-batch."""
+        with ExitStack() as stack:
+            for network in networks.values():
+                network._weight = weight
+                stack.enter_context(self.fabric.no_backward_sync(network.wrapped, enabled=not last))
+            yield
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over all ranks."""
+        return self.fabric.all_reduce(value, reduce_op="sum") if self.world > 1 else value  # type: ignore[return-value]
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank when `flag` is true on one."""
+        if self.world == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self.fabric.barrier()

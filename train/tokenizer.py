@@ -1,0 +1,139 @@
+"""The tokenizer stage: reconstruction, perceptual, adversarial and quantizer losses; two networks, two optimizers.
+
+Shapes: images `[B, 3, H, W]` in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..conf.schema import TokenizerRun
+from ..data.stream import to_image, to_uint8
+from ..evaluate.reconstruction import psnr, ssim
+from ..models.build import build
+from ..models.tokenizers.base import Tokenizer, TokenizerOutput
+from ..models.tokenizers.losses import LPIPS, discriminator_loss, generator_loss, reconstruction_loss
+from .clock import Clock
+from .stage import Batch, Networks
+from .strategy import Network, Trainable
+
+
+class TokenizerStage:
+    """VQ-GAN training (Esser et al. 2021; LlamaGen's settings by config).
+
+    The tokenizer minimises λ_r·rec + λ_p·LPIPS + w·λ_a·adv + the quantizer's losses, where w is 1, or the adaptive weight
+    ‖∇_L(λ_r·rec + λ_p·LPIPS)‖ / (‖∇_L λ_a·adv‖ + 1e-4) over the last layer L, clamped to [0, 1e4].
+    The discriminator rests before `adversarial_start`.
+    """
+
+    def __init__(self, config: TokenizerRun) -> None:
+        self.losses = config.losses
+        self.tokenizer: Tokenizer = build(config.tokenizer)
+        facts = {"layout": self.tokenizer.layout.to_dict()}
+        self.trainables = {"tokenizer": Trainable(self.tokenizer, config.tokenizer, config.optim, facts=facts)}
+        if config.discriminator is not None:
+            adversary = build(config.discriminator)
+            self.trainables["discriminator"] = Trainable(adversary, config.discriminator, config.discriminator_optim, ema=False)
+        self.perceptual = LPIPS(config.losses.lpips_weights) if config.losses.perceptual_weight else None
+        self.frozen: list[nn.Module] = [] if self.perceptual is None else [self.perceptual]
+        self.last_layer = LastLayer(self.tokenizer.last_layer()) if config.losses.adaptive else None
+
+    def step(self, batch: Batch, clock: Clock, networks: Networks) -> dict[str, Tensor]:
+        """One micro-batch for both networks."""
+        image = to_image(batch["image"])
+        output: TokenizerOutput = networks["tokenizer"](image)
+        adversary = networks.get("discriminator")
+        if adversary is None or clock.step < clock.steps(self.losses.adversarial_start):
+            losses = self._fidelity(output.reconstruction, image) | output.losses
+            networks["tokenizer"].backward(total(losses))
+            return {"loss": total(losses), **losses, "codes": self._histogram(output)}
+        losses, observed = self._generator_step(networks["tokenizer"], adversary, image, output)
+        observed |= self._discriminator_step(adversary, image, output)
+        return {"loss": total(losses), **losses, **observed, "codes": self._histogram(output)}
+
+    def _fidelity(self, reconstruction: Tensor, image: Tensor) -> dict[str, Tensor]:
+        """Weighted losses that compare the reconstruction with the image."""
+        distance = reconstruction_loss(reconstruction.float(), image, self.losses.reconstruction)
+        losses = {"reconstruction": self.losses.reconstruction_weight * distance}
+        if self.perceptual is not None:
+            losses["perceptual"] = self.losses.perceptual_weight * self.perceptual(reconstruction.float(), image).mean()
+        return losses
+
+    def _generator_step(
+        self, tokenizer: Network, adversary: Network, image: Tensor, output: TokenizerOutput
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The cut-graph step, right under every strategy: no backward passes through two networks.
+
+        The image losses are differentiated down to the reconstruction only, with the discriminator as a plain, frozen
+        module; the tokenizer's backward then starts from a surrogate that has that very gradient.
+        """
+        leaf = output.reconstruction.detach().float().requires_grad_(True)
+        losses = self._fidelity(leaf, image)
+        adversary.module.requires_grad_(False)
+        losses["adversarial"] = self.losses.adversarial_weight * generator_loss(adversary.module(leaf), self.losses.adversarial)
+        adversary.module.requires_grad_(True)
+        (adversarial,) = torch.autograd.grad(losses["adversarial"], leaf)
+        (fidelity,) = torch.autograd.grad(total({k: v for k, v in losses.items() if k != "adversarial"}), leaf)
+        weight = torch.ones((), device=leaf.device)
+        if self.last_layer is not None:
+            weight = (self.last_layer.norm(fidelity) / (self.last_layer.norm(adversarial) + 1e-4)).clamp(0.0, 1e4)
+        losses["adversarial"] = weight * losses["adversarial"].detach()
+        surrogate = (output.reconstruction.float() * (fidelity + weight * adversarial)).sum()
+        tokenizer.backward(surrogate + total(output.losses))
+        return losses | output.losses, {"adaptive_weight": weight} if self.last_layer is not None else {}
+
+    def _discriminator_step(self, adversary: Network, image: Tensor, output: TokenizerOutput) -> dict[str, Tensor]:
+        real, fake = adversary(image), adversary(output.reconstruction.detach().float())
+        loss = discriminator_loss(real, fake, self.losses.adversarial)
+        adversary.backward(loss)
+        return {"discriminator": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+
+    def _histogram(self, output: TokenizerOutput) -> Tensor:
+        return torch.bincount(output.codes.flatten(), minlength=self.tokenizer.layout.vocab_size)
+
+    def evaluate(self, batch: Batch, networks: Networks) -> dict[str, Tensor]:
+        """PSNR (dB) and SSIM of reconstructions rounded to uint8, and the codes used."""
+        output = networks["tokenizer"](to_image(batch["image"]))
+        rounded = to_uint8(output.reconstruction)
+        return {
+            "psnr": psnr(rounded, batch["image"]).mean(),
+            "ssim": ssim(rounded, batch["image"]).mean(),
+            "codes": self._histogram(output),
+        }
+
+    def draw(self, batch: Batch, networks: Networks) -> dict[str, Tensor]:
+        """Images and their reconstructions, alternating."""
+        images = batch["image"]
+        pairs = torch.stack([images, to_uint8(networks["tokenizer"](to_image(images)).reconstruction)], dim=1)
+        return {"reconstruction": pairs.flatten(0, 1)}
+
+
+class LastLayer:
+    """Gradient norms over the weight of the last convolution, without a backward through the network.
+
+    Args:
+        layer: a convolution whose output is the reconstruction; its input is kept at every forward.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        if not isinstance(layer, nn.Conv2d):
+            raise ValueError(f"the last layer is a {type(layer).__name__}, not a Conv2d; set losses.adaptive=false")
+        self.layer, self.input = layer, torch.empty(0)
+        layer.register_forward_pre_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.input = inputs[0].detach()
+
+    def norm(self, gradient: Tensor) -> Tensor:
+        """‖∂loss/∂weight‖ for `gradient` = ∂loss/∂output."""
+        layer = self.layer
+        weight_gradient = torch.nn.grad.conv2d_weight(
+            self.input.float(), layer.weight.shape, gradient, layer.stride, layer.padding, layer.dilation, layer.groups
+        )
+        return weight_gradient.norm()
+
+
+def total(losses: dict[str, Tensor]) -> Tensor:
+    """Sum of named losses."""
+    return torch.stack([loss.float() for loss in losses.values()]).sum()
