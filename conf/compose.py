@@ -26,8 +26,10 @@ ROOT = Path(__file__).resolve().parent
 ROOTS = {"tokenizer": "train_tokenizer", "generator": "train_generator", "classifier": "train_classifier"}
 """Root YAML of each stage, where it is not the stage's own name."""
 
-NEUTRAL = ("name", "paths", "logger", "loop.log_every", "loop.keep", "loop.keep_every", "data.workers", "data.path", "data.decoder",
-           "strategy.threads", "resume_from")  # fmt: skip
+NEUTRAL = (
+    "name", "paths", "logger", "loop.log_every", "loop.keep", "loop.keep_every", "data.source", "data.path", "data.workers",
+    "data.decoder", "data.prepare_size", "strategy.threads", "resume_from",
+)  # fmt: skip
 """Keys that do not change what a run computes: they neither name its folder nor forbid to resume it."""
 
 
@@ -67,8 +69,7 @@ def check(stage: str, plain: dict[str, Any], overrides: Sequence[str] = (), prob
     """
     found = list(problems)
     if plain.get("stage") != stage:
-        raise ConfigError([*found, f"experiment={plain.get('experiment')}: belongs to stage {plain.get('stage')!r}, not {stage!r}; "
-                                   f"run `tokar train {plain.get('stage')} experiment={plain.get('experiment')}`"])  # fmt: skip
+        raise ConfigError([*found, _wrong_stage(plain, stage)])
     typed = None
     try:
         typed = SCHEMAS[stage].model_validate(plain)
@@ -80,6 +81,11 @@ def check(stage: str, plain: dict[str, Any], overrides: Sequence[str] = (), prob
     if found or typed is None:
         raise ConfigError(found)
     return Composed(typed, plain, tuple(overrides))
+
+
+def _wrong_stage(plain: Mapping[str, Any], stage: str) -> str:
+    experiment, own = plain.get("experiment"), plain.get("stage")
+    return f"experiment={experiment}: is for the stage {own!r}, not {stage!r}; run `tokar train {own} experiment={experiment}`"
 
 
 def groups() -> dict[str, list[str]]:
@@ -117,7 +123,7 @@ def _sort_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _is_group(override: Override, loader: ConfigLoader) -> bool:
     key = override.key_or_group
-    return key.startswith("hydra") or bool(loader.get_group_options(key)) and isinstance(override.value(), str | None)
+    return key.startswith("hydra") or (bool(loader.get_group_options(key)) and isinstance(override.value(), str | None))
 
 
 def _override_problem(override: Override, text: str, loader: ConfigLoader) -> str | None:

@@ -214,6 +214,20 @@ class ClassifierRun(Spine):
     shift: NonNegativeInt = Field(0, description="augmentation: random shift in pixels")
 
 
+class Prepare(Node):
+    """`tokar data prepare`."""
+
+    stage: Literal["prepare"]
+    paths: Paths
+    data: Data
+    splits: list[str] = Field(["train", "val"], description="splits to write; one that the source lacks is an error")
+    workers: PositiveInt = Field(description="processes")
+    shard_size: PositiveInt = Field(description="images per shard")
+    format: Literal["keep", "png", "jpeg", "webp"] = "keep"
+    quality: Annotated[int, Field(ge=1, le=100)] = 95
+    on_bad: Literal["skip", "fail"] = "skip"
+
+
 class Encode(Node):
     """`tokar encode`."""
 
@@ -224,7 +238,7 @@ class Encode(Node):
     out: Text
     views: Literal["one", "flip", "ten-crop"] = "one"
     crop_ratio: Annotated[float, Field(ge=1)] = Field(1.1, description="ten-crop: size of the image it crops from")
-    split: Text = "train"
+    splits: list[str] = ["train", "val"]
     batch_size: PositiveInt = 64
     shard_size: PositiveInt = 16384
     seed: NonNegativeInt = 0
@@ -280,6 +294,7 @@ SCHEMAS: dict[str, type[Node]] = {
     "tokenizer": TokenizerRun,
     "generator": GeneratorRun,
     "classifier": ClassifierRun,
+    "prepare": Prepare,
     "encode": Encode,
     "sample": Sample,
     "evaluate": Evaluate,

@@ -35,7 +35,7 @@ class Parameter:
     required: bool
 
 
-class NoTarget(LookupError):
+class NoTargetError(LookupError):
     """The `_target_` names nothing in tokar."""
 
 
@@ -43,7 +43,7 @@ def parameters(target: str) -> dict[str, Parameter] | None:
     """Arguments of the class or function `tokar.package.module.Name`; `None` when it lies outside tokar.
 
     Raises:
-        NoTarget: there is no such module or name; the message holds a hint.
+        NoTargetError: there is no such module or name; the message holds a hint.
     """
     return _parameters(target) if target.startswith("tokar.") else None
 
@@ -53,12 +53,12 @@ def _parameters(target: str) -> dict[str, Parameter]:
     module, _, name = target.removeprefix("tokar.").rpartition(".")
     path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
     if not path.is_file():
-        raise NoTarget(f"no module {'tokar.' + module!r}; check the _target_")
+        raise NoTargetError(f"no module {'tokar.' + module!r}; check the _target_")
     definitions = {
         node.name: node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef | ast.FunctionDef)
     }
     if name not in definitions:
-        raise NoTarget(f"no {name!r} in tokar.{module}; {nearest(name, definitions)}")
+        raise NoTargetError(f"no {name!r} in tokar.{module}; {nearest(name, definitions)}")
     node = definitions[name]
     if isinstance(node, ast.ClassDef):
         inits = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
@@ -108,7 +108,7 @@ def check_components(tree: Any, filled: frozenset[str] = frozenset(), path: str 
 def _check_node(node: Mapping[str, Any], filled: frozenset[str], path: str) -> Iterator[str]:
     try:
         expected = parameters(str(node["_target_"]))
-    except NoTarget as error:
+    except NoTargetError as error:
         yield f"{path}._target_: {error}"
         return
     if expected is None:
