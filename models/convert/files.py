@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from ...errors import UserError
-from ..build import CONFIG_NAME, WEIGHTS_NAME, build, load_strict, read_weights, save_model
+from ..build import CONFIG_NAME, EMA_NAME, WEIGHTS_NAME, build, load_strict, read_weights, save_model
 from . import families
 from .checkpoint import read_checkpoint, unwrap
 from .family import Family, Node, shapes_of
@@ -69,6 +69,8 @@ def convert_file(path: Path, out: Path, family: str | None = None, config: Mappi
 def export_original(folder: Path, out_file: Path, family: str | None = None) -> Family:
     """Write a model folder in the original's layout: safetensors, or `{"model": state}` for any other suffix.
 
+    Averaged weights are preferred where there are some, as in `load_model`.
+
     Args:
         folder: written by `convert_file` or by `tokar export`.
         out_file: `.safetensors`, or `.pt` as the original repositories read it.
@@ -85,7 +87,8 @@ def export_original(folder: Path, out_file: Path, family: str | None = None) -> 
     if name is None:
         raise UserError("does not say its family", where=folder, fix=f"name it: {', '.join(families.names())}")
     chosen = families.get(name)
-    theirs = chosen.to_theirs(read_weights(folder / WEIGHTS_NAME))
+    averaged = folder / EMA_NAME
+    theirs = chosen.to_theirs(read_weights(averaged if averaged.exists() else folder / WEIGHTS_NAME))
     out_file.parent.mkdir(parents=True, exist_ok=True)
     if out_file.suffix == ".safetensors":
         save_file({key: value.contiguous() for key, value in theirs.items()}, out_file)

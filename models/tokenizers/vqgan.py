@@ -1,0 +1,101 @@
+"""The VQ-GAN tokenizer: a convolutional encoder, a quantizer, a convolutional decoder; one code per cell of a grid.
+
+Shapes: `B` batch, `D` code width, `h`, `w` rows and columns of the grid, `N = h*w` tokens in raster order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ...errors import UserError
+from ...ranges import PositiveInt
+from .base import Tokenizer, TokenizerOutput
+from .layout import TokenLayout, raster_layout
+
+
+class VQGAN(Tokenizer):
+    """LlamaGen's VQ tokenizer (and taming's): encoder → 1x1 conv → quantizer → 1x1 conv → decoder.
+
+    Args:
+        encoder: image to `[B, z_channels, h, w]`; has `z_channels` and `stride`.
+        decoder: the way back; same `z_channels` and `stride`.
+        quantizer: a `Quantizer`; has `codebook_size` and `dim`.
+        image_size: side, or height and width, of the images that the layout describes; others whose sides are
+            multiples of the stride can be encoded too.
+
+    Raises:
+        ValueError: encoder and decoder do not fit each other, or the image size does not fit the stride.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        quantizer: nn.Module,
+        image_size: PositiveInt | Sequence[PositiveInt] = 256,
+    ) -> None:
+        super().__init__()
+        for name in ("z_channels", "stride"):
+            ours, theirs = getattr(encoder, name), getattr(decoder, name)
+            if ours != theirs:
+                raise ValueError(f"{name} is {ours} in the encoder, {theirs} in the decoder; make them equal")
+        self.encoder, self.decoder, self.quantizer = encoder, decoder, quantizer
+        self.stride: int = encoder.stride
+        self.quant_conv = nn.Conv2d(encoder.z_channels, quantizer.dim, 1)
+        self.post_quant_conv = nn.Conv2d(quantizer.dim, decoder.z_channels, 1)
+        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        if len(size) != 2 or any(side % self.stride for side in size):
+            raise ValueError(f"image_size {size} is not two multiples of the stride {self.stride}; choose multiples of it")
+        self.layout = self.layout_for(size)
+
+    def layout_for(self, image_size: Sequence[int]) -> TokenLayout:
+        """The layout of images of another height and width.
+
+        Raises:
+            UserError: a side is not a multiple of the stride.
+        """
+        height, width = image_size
+        if height % self.stride or width % self.stride or not height or not width:
+            raise UserError(
+                f"an image of {height}x{width} pixels does not fit the grid of this tokenizer",
+                fix=f"use sides that are multiples of {self.stride}",
+            )
+        grid = (height // self.stride, width // self.stride)
+        return raster_layout(grid, self.quantizer.codebook_size, self.quantizer.dim, self.stride)
+
+    def encode(self, image: Tensor) -> TokenizerOutput:
+        """Codes `[B, N]` and latents `[B, D, h, w]` of images `[B, 3, H, W]` in [-1, 1].
+
+        Raises:
+            UserError: the sides do not fit the stride.
+        """
+        self.layout_for(image.shape[-2:])
+        z = self.quant_conv(self.encoder(image))
+        quantized = self.quantizer(z)
+        return TokenizerOutput(quantized.indices.flatten(1), z, quantized.latent, quantized.losses)
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """Quantized latent `[B, D, h, w]` of codes `[B, N]` on the layout's grid, or `[B, h, w]` on any grid.
+
+        Raises:
+            UserError: the number of codes is not that of the layout.
+        """
+        if codes.dim() == 2:
+            if codes.shape[1] != self.layout.total_tokens:
+                raise UserError(
+                    f"{codes.shape[1]} codes per image, but the layout has {self.layout.total_tokens}",
+                    fix="give codes of images of the layout's size, or shape them [B, rows, columns]",
+                )
+            codes = codes.unflatten(1, self.layout.streams[0].grid)
+        return self.quantizer.embed(codes)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Images (not clamped) from codes `[B, N]` or `[B, h, w]` (integer), or from a latent `[B, D, h, w]` (float)."""
+        latent = latent if latent.is_floating_point() else self.embed(latent)
+        return self.decoder(self.post_quant_conv(latent.to(self.post_quant_conv.weight.dtype)))
+
+    def last_layer(self) -> nn.Module:
+        """The convolution that writes the pixels."""
+        return self.decoder.conv_out
