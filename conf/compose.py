@@ -56,8 +56,9 @@ def compose(stage: str, overrides: Sequence[str]) -> Composed:
         raise UserError("no such stage", where=stage, fix=nearest(stage, SCHEMAS))
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(ROOT), version_base=None):
-        usable, problems = _sort_overrides(overrides)
+        usable, emptied, problems = _sort_overrides(overrides)
         plain = _compose(ROOTS.get(stage, stage), usable, problems)
+    plain |= dict.fromkeys(emptied)
     return check(stage, plain, overrides, problems)
 
 
@@ -97,14 +98,16 @@ def groups() -> dict[str, list[str]]:
     return found
 
 
-def _sort_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Overrides that Hydra can take, and the problems of the others.
+def _sort_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """Overrides that Hydra can take, groups to leave out (`discriminator=null`), and the problems of the others.
 
     Values are forced in (`++`), so that Hydra does not stop at the first unknown key: the schema then names them all.
     """
     loader = GlobalHydra.instance().config_loader()
     parser = OverridesParser.create()
-    usable, problems = [], []
+    usable: list[str] = []
+    emptied: list[str] = []
+    problems: list[str] = []
     for text in overrides:
         try:
             override = parser.parse_override(text)
@@ -114,16 +117,18 @@ def _sort_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
         problem = _override_problem(override, text, loader)
         if problem:
             problems.append(problem)
+        elif loader.get_group_options(override.key_or_group) and override.value() is None and not override.is_delete():
+            emptied.append(override.key_or_group)
         elif override.is_delete() or _is_group(override, loader):
             usable.append(text)
         else:
             usable.append("++" + text.lstrip("+"))
-    return usable, problems
+    return usable, emptied, problems
 
 
 def _is_group(override: Override, loader: ConfigLoader) -> bool:
     key = override.key_or_group
-    return key.startswith("hydra") or (bool(loader.get_group_options(key)) and isinstance(override.value(), str | None))
+    return key.startswith("hydra") or (bool(loader.get_group_options(key)) and isinstance(override.value(), str))
 
 
 def _override_problem(override: Override, text: str, loader: ConfigLoader) -> str | None:

@@ -234,7 +234,7 @@ class Encode(Node):
     stage: Literal["encode"]
     paths: Paths
     data: Data
-    tokenizer: Text
+    model: Text = Field(description="a tokenizer run, checkpoint or exported model")
     out: Text
     views: Literal["one", "flip", "ten-crop"] = "one"
     crop_ratio: Annotated[float, Field(ge=1)] = Field(1.1, description="ten-crop: size of the image it crops from")
@@ -250,9 +250,9 @@ class Sample(Node):
 
     stage: Literal["sample"]
     paths: Paths
-    generator: Text
-    tokenizer: Text | None = None
-    out: Text | None = None
+    model: Text = Field(description="a generator run, checkpoint or exported model")
+    decode_with: Text | None = Field(None, description="tokenizer; null takes the one the generator was trained with")
+    out: Text | None = Field(None, description="null: the samples folder of the run")
     count: PositiveInt = 64
     classes: list[NonNegativeInt] | None = None
     seed: NonNegativeInt = 0
@@ -279,7 +279,7 @@ class Evaluate(Node):
     target: Text = Field(description="a run, an exported model, an npz or a folder of images")
     data: Data | None = None
     features: Features
-    classifier: Text | None = Field(None, description="classifier run for class accuracy")
+    judge: Text | None = Field(None, description="classifier run that judges classes; null takes features.path of a classifier")
     count: PositiveInt | None = Field(None, description="images; null takes the whole reference split")
     batch_size: PositiveInt = 64
     seed: NonNegativeInt = 0

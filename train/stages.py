@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..conf.schema import ClassifierRun, Data, GeneratorRun, Spine, TokenizerRun
 from ..data.codes import CodeDataset
 from ..data.shards import ImageDataset
-from ..data.stream import Stream
+from ..data.stream import ImageSamples, Samples, Stream, collate
 from ..data.transforms import Augment
 from ..errors import UserError
-from ..models.build import resolve_target, weights_hash
+from ..models.build import load_model, locate_model, resolve_target, weights_hash
 from ..models.tokenizers.base import Tokenizer
 from ..models.tokenizers.layout import TokenLayout
 from .classifier import ClassifierStage
@@ -31,3 +33,122 @@ class Built:
     stage: Stage
     train: Stream
     validate: Callable[[int, int], Iterator[Batch]]
+
+
+def build_tokenizer(config: TokenizerRun, workers: Workers) -> Built:
+    """Images in, images out."""
+    stage = TokenizerStage(config)
+    _check_image_size(config.data.image_size, stage.tokenizer.layout)
+    return _built(config, workers, stage, *image_splits(config.data))
+
+
+def build_classifier(config: ClassifierRun, workers: Workers) -> Built:
+    """Images in, classes out."""
+    train, validate = image_splits(config.data)
+    known = {"image_size": config.data.image_size, "num_classes": len(train.classes)}
+    return _built(config, workers, ClassifierStage(config, fill(config.classifier, known), {"classes": train.classes}), train, validate)
+
+
+def build_generator(config: GeneratorRun, workers: Workers) -> Built:
+    """Codes in, from code shards or from images encoded on the fly."""
+    tokenizer, origin = open_tokenizer(config)
+    train, validate = _code_splits(config, tokenizer) if config.codes.path else image_splits(config.data)
+    layout = TokenLayout.from_dict(train.layout) if isinstance(train, CodeDataset) else _layout_of(tokenizer, config.data)
+    stream = layout.streams[0]
+    shape = {"grid": stream.grid} if stream.grid else {"n_tokens": layout.total_tokens}
+    known = {"vocab_size": layout.vocab_size, "num_classes": len(train.classes), **shape}
+    facts = {"layout": layout.to_dict(), "classes": train.classes, "tokenizer": origin}
+    return _built(config, workers, GeneratorStage(config, fill(config.generator, known), tokenizer, facts), train, validate)
+
+
+BUILDERS: dict[str, Callable[..., Built]] = {
+    "tokenizer": build_tokenizer,
+    "classifier": build_classifier,
+    "generator": build_generator,
+}
+
+
+def image_splits(data: Data) -> tuple[ImageSamples, ImageSamples]:
+    """The training and validation images of a data set; only the training ones are augmented."""
+    folder = Path(data.path)
+    augmented = Augment(data.image_size, crop=data.crop, flip=data.flip)
+    plain = Augment(data.image_size, crop="center" if data.crop == "random" else data.crop)
+    return (
+        ImageSamples(ImageDataset(folder, data.train_split), augmented, decoder=data.decoder),
+        ImageSamples(ImageDataset(folder, data.val_split), plain, decoder=data.decoder),
+    )
+
+
+def fill(node: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """A component node completed with what the layout and the data decide, where its constructor asks for it."""
+    wanted = inspect.signature(resolve_target(node["_target_"])).parameters
+    return {**node, **{name: value for name, value in known.items() if name in wanted and name not in node}}
+
+
+def open_tokenizer(config: GeneratorRun) -> tuple[Tokenizer | None, dict[str, Any]]:
+    """The tokenizer whose codes a generator learns, and where it comes from.
+
+    It is the one named by `codes.tokenizer`, or else the one that the code shards name, when it is still there.
+    """
+    place = config.codes.tokenizer
+    if place is None and config.codes.path:
+        manifest = CodeDataset.manifest(Path(config.codes.path) / config.data.train_split)
+        named = manifest.get("protocol", {}).get("tokenizer")
+        place = named if named and Path(named).exists() else None
+    if place is None:
+        return None, {}
+    tokenizer = load_tokenizer(Path(place))
+    return tokenizer, {"path": str(place), "hash": weights_hash(tokenizer)}
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a run, a checkpoint or an exported model, averaged weights first.
+
+    Raises:
+        UserError: the model there is no tokenizer.
+    """
+    model = load_model(locate_model(path))
+    if not isinstance(model, Tokenizer):
+        raise UserError(f"holds a {type(model).__name__}, not a tokenizer", where=path, fix="point at a tokenizer run")
+    return model
+
+
+def _code_splits(config: GeneratorRun, tokenizer: Tokenizer | None) -> tuple[CodeDataset, CodeDataset]:
+    folder = Path(str(config.codes.path))
+    expected = weights_hash(tokenizer) if tokenizer is not None else None
+    train, validate = (
+        CodeDataset(folder / split, expected_hash=expected) for split in (config.data.train_split, config.data.val_split)
+    )
+    return train, validate
+
+
+def _layout_of(tokenizer: Tokenizer | None, data: Data) -> TokenLayout:
+    if tokenizer is None:
+        raise UserError("no tokenizer to encode the images with", where="codes.tokenizer", fix="give a tokenizer run")
+    _check_image_size(data.image_size, tokenizer.layout)
+    return tokenizer.layout
+
+
+def _check_image_size(image_size: int, layout: TokenLayout) -> None:
+    if layout.image_size != (image_size, image_size):
+        height, width = layout.image_size
+        raise UserError(
+            f"the tokenizer describes images of {height}x{width}, the data has {image_size}x{image_size}",
+            where="data.image_size",
+            fix=f"set tokenizer.image_size={image_size}, or data.image_size={height}",
+        )
+
+
+def _built(config: Spine, workers: Workers, stage: Stage, train: Samples, validate: Samples) -> Built:
+    stream = Stream(
+        train, batch_size=config.loop.batch_size, seed=config.seed, rank=workers.rank, world=workers.world,
+        accumulate=config.loop.accumulate, workers=config.data.workers, pin=workers.device.type == "cuda",
+    )  # fmt: skip
+    batch_size = max(1, config.loop.batch_size // (workers.world * config.loop.accumulate))
+
+    def batches(samples: int, rank: int) -> Iterator[Batch]:
+        own = np.array_split(np.arange(min(samples, len(validate))), workers.world)[rank]
+        for indices in np.split(own, range(batch_size, len(own), batch_size)):
+            yield collate(validate.fetch(indices, np.zeros_like(indices), config.seed))
+
+    return Built(stage, stream, batches)

@@ -1,6 +1,6 @@
 """The Generator interface: a model of codes that reveals them unit by unit, in the order of its Plan.
 
-Shapes: `B` batch, `N` tokens of an image, `U` slots of one unit, `V` vocabulary.
+Shapes: `B` batch, `N` tokens of an image, `U` tokens of one unit, `V` vocabulary.
 A condition is what one sample is conditioned on: class ids `[B]` int64, where `null_class` stands for "no condition".
 """
 
@@ -38,14 +38,39 @@ class Generator(nn.Module, ABC):
         """Same as `loss`: the entry that wrappers of distributed training see."""
         return self.loss(codes, condition)
 
+    def recompute(self, codes: Tensor, condition: Tensor, unit: int) -> Tensor:
+        """Logits `[B, U, V]` of `unit` from the codes alone, without a cache: the slow twin of `propose`."""
+        return self.logits(codes, condition)[:, self.plan.tokens(unit)]
+
     @abstractmethod
-    def begin(self, condition: Tensor) -> Any:
-        """Start to generate for conditions `[B]`: allocates the KV cache and returns the state."""
+    def begin(self, condition: Tensor, *, capacity: int | None = None, compile: bool = False) -> Any:
+        """Start to generate for conditions `[B]`: allocates the KV cache and returns the state.
+
+        Args:
+            condition: one for each row.
+            capacity: rows to allocate, for rows that `join` later; `B` when not given.
+            compile: run the repeated step through `torch.compile`.
+        """
 
     @abstractmethod
     def propose(self, state: Any, unit: int) -> Tensor:
-        """Logits `[B, U, V]` of the slots of `unit`, given the units committed before it."""
+        """Logits `[B, U, V]` of the tokens of `unit` (order of `plan.tokens`), given the units committed before it."""
 
     @abstractmethod
     def commit(self, state: Any, unit: int, values: Tensor) -> None:
         """Fix the codes `[B, U]` of `unit`; later proposals see them."""
+
+    @abstractmethod
+    def join(self, state: Any, condition: Tensor, codes: Tensor, unit: int) -> None:
+        """Add rows behind the present ones, as if they had been there from the start: one pass over the units before `unit`.
+
+        Args:
+            state: with spare capacity.
+            condition: `[B']` of the new rows.
+            codes: `[B', N]`; tokens revealed before `unit` are read.
+            unit: the one to be proposed next.
+        """
+
+    @abstractmethod
+    def keep(self, state: Any, rows: int) -> None:
+        """Forget all but the first `rows` rows."""
