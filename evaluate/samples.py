@@ -1,0 +1,60 @@
+"""Images from a generator, in batches of any size.
+
+Shapes: `N` samples, `B` of one batch, `T` tokens of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.stream import to_uint8
+from ..errors import UserError
+from ..models.generators.base import Generator
+from ..models.samplers.decode import sample
+from ..models.tokenizers.base import Tokenizer
+
+
+def class_ids(count: int, classes: list[int] | None, num_classes: int) -> Tensor:
+    """The classes of `count` samples `[count]`: those in `classes`, or all of them, in turn.
+
+    Raises:
+        UserError: a class that the generator does not know.
+    """
+    chosen = classes or list(range(num_classes))
+    unknown = [number for number in chosen if number >= num_classes]
+    if unknown:
+        raise UserError(f"no class {unknown[0]}", where="classes", fix=f"classes are 0 to {num_classes - 1}")
+    return torch.tensor([chosen[index % len(chosen)] for index in range(count)])
+
+
+@torch.inference_mode()
+def draw_codes(
+    generator: Generator,
+    labels: Tensor,
+    *,
+    seed: int,
+    sampling: Mapping[str, Any],
+    batch_size: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """Codes `[B, T]` and `label` `[B]` on the CPU, for `labels` `[N]` in order; sample i depends on (seed, i) alone."""
+    device = next(generator.parameters()).device
+    for start in range(0, len(labels), batch_size):
+        label = labels[start : start + batch_size]
+        ids = torch.arange(start, start + len(label))
+        codes = sample(generator, label.to(device), seed=seed, sample_ids=ids, **sampling)
+        if on_batch is not None:
+            on_batch(len(label))
+        yield {"codes": codes.cpu(), "label": label}
+
+
+@torch.inference_mode()
+def decode_batches(tokenizer: Tokenizer, batches: Iterator[dict[str, Tensor]] | list[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Adds `image` uint8 `[B, H, W, 3]` to batches of codes."""
+    device = next(tokenizer.parameters()).device
+    for batch in batches:
+        yield {**batch, "image": to_uint8(tokenizer.decode(batch["codes"].to(device))).cpu()}
