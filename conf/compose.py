@@ -56,7 +56,7 @@ def compose(stage: str, overrides: Sequence[str]) -> Composed:
         raise UserError("no such stage", where=stage, fix=nearest(stage, SCHEMAS))
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(ROOT), version_base=None):
-        usable, emptied, problems = _sort_overrides(overrides)
+        usable, emptied, problems = _sort_overrides(overrides, stage)
         plain = _compose(ROOTS.get(stage, stage), usable, problems)
     plain |= dict.fromkeys(emptied)
     return check(stage, plain, overrides, problems)
@@ -70,7 +70,7 @@ def check(stage: str, plain: dict[str, Any], overrides: Sequence[str] = (), prob
     """
     found = list(problems)
     if plain.get("stage") != stage:
-        raise ConfigError([*found, _wrong_stage(plain, stage)])
+        raise ConfigError([*found, f"stage: is {plain.get('stage')!r} here, not {stage!r}; leave it to the command"])
     typed = None
     try:
         typed = SCHEMAS[stage].model_validate(plain)
@@ -84,11 +84,6 @@ def check(stage: str, plain: dict[str, Any], overrides: Sequence[str] = (), prob
     return Composed(typed, plain, tuple(overrides))
 
 
-def _wrong_stage(plain: Mapping[str, Any], stage: str) -> str:
-    experiment, own = plain.get("experiment"), plain.get("stage")
-    return f"experiment={experiment}: is for the stage {own!r}, not {stage!r}; run `tokar train {own} experiment={experiment}`"
-
-
 def groups() -> dict[str, list[str]]:
     """Config groups and their options, e.g. `{"experiment": ["digits_vqgan", …]}`."""
     found: dict[str, list[str]] = {}
@@ -98,7 +93,7 @@ def groups() -> dict[str, list[str]]:
     return found
 
 
-def _sort_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+def _sort_overrides(overrides: Sequence[str], stage: str) -> tuple[list[str], list[str], list[str]]:
     """Overrides that Hydra can take, groups to leave out (`discriminator=null`), and the problems of the others.
 
     Values are forced in (`++`), so that Hydra does not stop at the first unknown key: the schema then names them all.
@@ -114,7 +109,7 @@ def _sort_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str], lis
         except HydraException as error:
             problems.append(f"{text}: not an override ({str(error).splitlines()[0]}); write key=value")
             continue
-        problem = _override_problem(override, text, loader)
+        problem = _override_problem(override, text, loader) or _experiment_problem(override, stage)
         if problem:
             problems.append(problem)
         elif loader.get_group_options(override.key_or_group) and override.value() is None and not override.is_delete():
@@ -139,6 +134,16 @@ def _override_problem(override: Override, text: str, loader: ConfigLoader) -> st
     if options and isinstance(value, str) and value not in options:
         return f"{override.key_or_group}={value}: no such option; {nearest(value, options)}"
     return None
+
+
+def _experiment_problem(override: Override, stage: str) -> str | None:
+    """An experiment of another stage, told before its groups fail to fit."""
+    if override.key_or_group != "experiment" or not isinstance(name := override.value(), str):
+        return None
+    own = OmegaConf.load(ROOT / "experiment" / f"{name}.yaml").get("stage")
+    if own == stage:
+        return None
+    return f"experiment={name}: is for the stage {own!r}, not {stage!r}; run `tokar train {own} experiment={name}`"
 
 
 def _compose(config_name: str, overrides: Sequence[str], problems: list[str]) -> dict[str, Any]:

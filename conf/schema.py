@@ -278,6 +278,7 @@ class Evaluate(Node):
     paths: Paths
     target: Text = Field(description="a run, an exported model, an npz or a folder of images")
     data: Data | None = None
+    split: Text | None = Field(None, description="reference; null: validation for a tokenizer, training for samples")
     features: Features
     judge: Text | None = Field(None, description="classifier run that judges classes; null takes features.path of a classifier")
     count: PositiveInt | None = Field(None, description="images; null takes the whole reference split")

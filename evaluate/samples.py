@@ -53,7 +53,9 @@ def draw_codes(
 
 
 @torch.inference_mode()
-def decode_batches(tokenizer: Tokenizer, batches: Iterator[dict[str, Tensor]] | list[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+def decode_batches(
+    tokenizer: Tokenizer, batches: Iterator[dict[str, Tensor]] | list[dict[str, Tensor]]
+) -> Iterator[dict[str, Tensor]]:
     """Adds `image` uint8 `[B, H, W, 3]` to batches of codes."""
     device = next(tokenizer.parameters()).device
     for batch in batches:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..conf.schema import Logger as LoggerConfig
 from ..conf.schema import Wandb as WandbConfig
 from ..errors import UserError
 from .clock import Clock

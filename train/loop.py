@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..conf.schema import Loop as LoopConfig
 from ..conf.schema import ScheduleConfig

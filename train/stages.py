@@ -13,10 +13,12 @@ import numpy as np
 from ..conf.schema import ClassifierRun, Data, GeneratorRun, Spine, TokenizerRun
 from ..data.codes import CodeDataset
 from ..data.shards import ImageDataset
-from ..data.stream import ImageSamples, Samples, Stream, collate
+from ..data.stream import Samples, Stream, collate
 from ..data.transforms import Augment
 from ..errors import UserError
-from ..models.build import load_model, locate_model, resolve_target, weights_hash
+from ..evaluate.reference import plain_split
+from ..models.build import resolve_target, weights_hash
+from ..models.open import open_tokenizer
 from ..models.tokenizers.base import Tokenizer
 from ..models.tokenizers.layout import TokenLayout
 from .classifier import ClassifierStage
@@ -46,12 +48,14 @@ def build_classifier(config: ClassifierRun, workers: Workers) -> Built:
     """Images in, classes out."""
     train, validate = image_splits(config.data)
     known = {"image_size": config.data.image_size, "num_classes": len(train.classes)}
-    return _built(config, workers, ClassifierStage(config, fill(config.classifier, known), {"classes": train.classes}), train, validate)
+    return _built(
+        config, workers, ClassifierStage(config, fill(config.classifier, known), {"classes": train.classes}), train, validate
+    )
 
 
 def build_generator(config: GeneratorRun, workers: Workers) -> Built:
     """Codes in, from code shards or from images encoded on the fly."""
-    tokenizer, origin = open_tokenizer(config)
+    tokenizer, origin = find_tokenizer(config)
     train, validate = _code_splits(config, tokenizer) if config.codes.path else image_splits(config.data)
     layout = TokenLayout.from_dict(train.layout) if isinstance(train, CodeDataset) else _layout_of(tokenizer, config.data)
     stream = layout.streams[0]
@@ -68,15 +72,11 @@ BUILDERS: dict[str, Callable[..., Built]] = {
 }
 
 
-def image_splits(data: Data) -> tuple[ImageSamples, ImageSamples]:
+def image_splits(data: Data) -> tuple[ImageDataset, ImageDataset]:
     """The training and validation images of a data set; only the training ones are augmented."""
-    folder = Path(data.path)
-    augmented = Augment(data.image_size, crop=data.crop, flip=data.flip)
-    plain = Augment(data.image_size, crop="center" if data.crop == "random" else data.crop)
-    return (
-        ImageSamples(ImageDataset(folder, data.train_split), augmented, decoder=data.decoder),
-        ImageSamples(ImageDataset(folder, data.val_split), plain, decoder=data.decoder),
-    )
+    augment = Augment(data.image_size, crop=data.crop, flip=data.flip)
+    train = ImageDataset(data.path, data.train_split, transform=augment, decoder=data.decoder)
+    return train, plain_split(data, data.val_split)
 
 
 def fill(node: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,32 +85,19 @@ def fill(node: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     return {**node, **{name: value for name, value in known.items() if name in wanted and name not in node}}
 
 
-def open_tokenizer(config: GeneratorRun) -> tuple[Tokenizer | None, dict[str, Any]]:
+def find_tokenizer(config: GeneratorRun) -> tuple[Tokenizer | None, dict[str, Any]]:
     """The tokenizer whose codes a generator learns, and where it comes from.
 
     It is the one named by `codes.tokenizer`, or else the one that the code shards name, when it is still there.
     """
     place = config.codes.tokenizer
     if place is None and config.codes.path:
-        manifest = CodeDataset.manifest(Path(config.codes.path) / config.data.train_split)
-        named = manifest.get("protocol", {}).get("tokenizer")
+        named = CodeDataset(Path(config.codes.path) / config.data.train_split).protocol.get("tokenizer")
         place = named if named and Path(named).exists() else None
     if place is None:
         return None, {}
-    tokenizer = load_tokenizer(Path(place))
+    tokenizer = open_tokenizer(Path(place))
     return tokenizer, {"path": str(place), "hash": weights_hash(tokenizer)}
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a run, a checkpoint or an exported model, averaged weights first.
-
-    Raises:
-        UserError: the model there is no tokenizer.
-    """
-    model = load_model(locate_model(path))
-    if not isinstance(model, Tokenizer):
-        raise UserError(f"holds a {type(model).__name__}, not a tokenizer", where=path, fix="point at a tokenizer run")
-    return model
 
 
 def _code_splits(config: GeneratorRun, tokenizer: Tokenizer | None) -> tuple[CodeDataset, CodeDataset]:

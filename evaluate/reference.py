@@ -1,0 +1,38 @@
+"""The images that others are compared with: a split of a data set, in order, prepared as its training images are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..conf.schema import Data
+from ..data.shards import ImageDataset
+from ..data.stream import collate
+from ..data.transforms import Augment
+from .protocol import content_id
+
+
+def plain_split(data: Data, split: str) -> ImageDataset:
+    """A split without augmentation: centre-cropped where training crops at random."""
+    crop = "center" if data.crop == "random" else data.crop
+    return ImageDataset(data.path, split, transform=Augment(data.image_size, crop=crop), decoder=data.decoder)
+
+
+def reference_batches(
+    data: Data, split: str, batch_size: int, count: int | None
+) -> tuple[Iterator[dict[str, Tensor]], int, dict[str, Any]]:
+    """Batches of the first `count` images (`None`: all), how many they are, and the facts that name them."""
+    samples = plain_split(data, split)
+    total = min(count or len(samples), len(samples))
+    facts = {"source": data.source, "split": split, "images": total, "image_size": data.image_size, "crop": data.crop,
+             "content": content_id({"shards": [shard["sha256"] for shard in samples.manifest.get("shards", [])]})}  # fmt: skip
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for start in range(0, total, batch_size):
+            indices = np.arange(start, min(start + batch_size, total))
+            yield collate(samples.fetch(indices, np.zeros_like(indices), 0))
+
+    return batches(), total, facts

@@ -1,0 +1,163 @@
+"""`tokar evaluate`: a tokenizer against the images it reconstructs, a generator or a set of images against real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from ..conf.compose import Composed
+from ..conf.schema import Data, Evaluate, Sampling
+from ..data.progress import progress_bar
+from ..data.stream import to_image
+from ..errors import UserError
+from ..models.build import load_model, locate_model, weights_hash
+from ..models.classifier import Classifier
+from ..models.generators.base import Generator
+from ..models.open import open_generator
+from ..models.tokenizers.base import Tokenizer
+from ..models.tokenizers.losses import LPIPS
+from .console import say, table
+from .features import ClassifierFeatures, load_features
+from .generation import evaluate_generation, gaussian_of
+from .images import count_samples, load_samples
+from .protocol import Result, content_id
+from .reconstruction import evaluate_tokenizer
+from .reference import reference_batches
+from .samples import class_ids, decode_batches, draw_codes
+
+
+def evaluate(composed: Composed) -> int:
+    """Measure what `target` names, print the numbers, and write them with their protocol."""
+    config: Evaluate = composed.typed
+    target = Path(config.target)
+    if not target.exists():
+        raise UserError("no such file or folder", where=target, fix="point at a run, a model, an .npz or a folder of images")
+    device = torch.device("cuda" if config.strategy.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+    task = Task(config, composed.plain.get("sampling") or {}, target, device)
+    result = task.result()
+    folder = Path(config.out) if config.out else (task.run / "evaluation" if task.run else target.parent / "evaluation")
+    path = result.save(folder / f"{result.name}-{content_id({**result.protocol, **result.subject})}.json")
+    say(table(f"{target}: {result.name}, protocol {result.protocol_id}", result.numbers))
+    say(f"written to {path}")
+    return 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """One evaluation: what is measured, against what, where."""
+
+    config: Evaluate
+    sampling: Mapping[str, Any]
+    target: Path
+    device: torch.device
+
+    @property
+    def run(self) -> Path | None:
+        """The run folder that the target is or lies in."""
+        return next((folder for folder in [self.target, *self.target.parents] if (folder / "config.yaml").is_file()), None)
+
+    def result(self) -> Result:
+        """Measure."""
+        if _is_images(self.target):
+            count = count_samples(self.target)
+            return self._generation(load_samples(self.target, self.config.batch_size), count, {"images": str(self.target)})
+        model = load_model(locate_model(self.target), ema=self.config.ema).to(self.device)
+        subject = {"target": str(self.target), "model": locate_model(self.target).parent.name, "weights": weights_hash(model)[:16],
+                   "ema": self.config.ema}  # fmt: skip
+        match model:
+            case Tokenizer():
+                return self._reconstruction(model, subject)
+            case Generator():
+                return self._samples(subject)
+            case Classifier():
+                return self._classification(model, subject)
+        raise UserError(
+            f"holds a {type(model).__name__}, which has no evaluation", where=self.target, fix="point at another run"
+        )
+
+    def _reconstruction(self, tokenizer: Tokenizer, subject: dict[str, Any]) -> Result:
+        split = self.config.split or self._data.val_split
+        batches, count, facts = reference_batches(self._data, split, self.config.batch_size, self.config.count)
+        network = (
+            load_features(self.config.features.name, self._features_path(), self.device) if self._features_path() else None
+        )
+        perceptual = LPIPS(self.config.lpips_weights).to(self.device) if self.config.lpips_weights else None
+        with progress_bar(None, count, "reconstructing") as advance:
+            return evaluate_tokenizer(
+                tokenizer, batches, network=network, perceptual=perceptual, data=facts, subject=subject, on_batch=advance
+            )
+
+    def _samples(self, subject: dict[str, Any]) -> Result:
+        opened = open_generator(self.target, ema=self.config.ema)
+        generator, tokenizer = opened.generator.to(self.device), opened.tokenizer.to(self.device)
+        sampling = Sampling.model_validate({**self._run_config.get("sampling", {}), **self.sampling}).model_dump()
+        count = self.config.count or reference_batches(self._data, self._reference_split, 1, None)[1]
+        labels = class_ids(count, None, generator.num_classes)
+        with progress_bar(None, count, "sampling") as advance:
+            codes = draw_codes(
+                generator, labels, seed=self.config.seed, sampling=sampling, batch_size=self.config.batch_size, on_batch=advance
+            )
+            images = decode_batches(tokenizer, codes)
+            return self._generation(images, count, {**subject, "seed": self.config.seed, "sampling": sampling})
+
+    def _generation(self, images: Iterable[Mapping[str, Tensor]], count: int, subject: dict[str, Any]) -> Result:
+        """Fréchet distance to the reference split, and class accuracy where a classifier judges."""
+        network = load_features(self.config.features.name, self._features_path(), self.device)
+        batches, total, facts = reference_batches(self._data, self._reference_split, self.config.batch_size, None)
+        with progress_bar(None, total, "reference") as advance:
+            reference = gaussian_of(batches, network, data=facts, on_batch=advance)
+        judge = self._judge(network)
+        return evaluate_generation(images, reference, network, judge=judge, subject={**subject, "count": count})
+
+    def _judge(self, network: Any) -> ClassifierFeatures | None:
+        if self.config.judge:
+            return ClassifierFeatures(locate_model(Path(self.config.judge))).to(self.device)
+        return network if isinstance(network, ClassifierFeatures) else None
+
+    @torch.no_grad()
+    def _classification(self, classifier: Classifier, subject: dict[str, Any]) -> Result:
+        split = self.config.split or self._data.val_split
+        batches, count, facts = reference_batches(self._data, split, self.config.batch_size, self.config.count)
+        right = 0
+        with progress_bar(None, count, "classifying") as advance:
+            for batch in batches:
+                guess = classifier(to_image(batch["image"].to(self.device))).argmax(-1).cpu()
+                right += int((guess == batch["label"]).sum())
+                advance(len(guess))
+        return Result("classification", {"accuracy": right / count}, {"data": facts, "count": count}, subject)
+
+    @property
+    def _reference_split(self) -> str:
+        return self.config.split or self._data.train_split
+
+    @property
+    def _run_config(self) -> dict[str, Any]:
+        return dict(yaml.safe_load((self.run / "config.yaml").read_text())) if self.run else {}
+
+    @property
+    def _data(self) -> Data:
+        """The reference data: as configured, or that of the run."""
+        if self.config.data is not None:
+            return self.config.data
+        if "data" not in self._run_config:
+            raise UserError("no reference data", where="data", fix="name a data set, e.g. data=digits")
+        return Data.model_validate(self._run_config["data"])
+
+    def _features_path(self) -> Path | None:
+        """Where the weights of the features lie; a classifier may be named by its run."""
+        path = self.config.features.path or (self.config.judge if self.config.features.name == "classifier" else None)
+        if path is None:
+            return None
+        return locate_model(Path(path)) if self.config.features.name == "classifier" else Path(path)
+
+
+def _is_images(target: Path) -> bool:
+    """An .npz, or a folder that is neither a run nor a checkpoint nor a model."""
+    marks = ("config.yaml", "config.json", "COMPLETE")
+    return target.is_file() or not any((target / mark).is_file() for mark in marks)

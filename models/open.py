@@ -1,0 +1,68 @@
+"""Opens models by what they are: a tokenizer, or a generator with the tokenizer of its codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .build import load_model, locate_model, model_facts, weights_hash
+from .generators.base import Generator
+from .tokenizers.base import Tokenizer
+
+
+def open_tokenizer(path: Path, *, ema: bool = True, expected_hash: str | None = None) -> Tokenizer:
+    """The tokenizer of a run, a checkpoint or an exported model, in eval mode.
+
+    Args:
+        path: where it lies.
+        ema: prefer averaged weights.
+        expected_hash: of the weights whose codes are to be decoded.
+
+    Raises:
+        UserError: no model there, no tokenizer, or not the one expected.
+    """
+    model = load_model(locate_model(path), ema=ema)
+    if not isinstance(model, Tokenizer):
+        raise UserError(f"holds a {type(model).__name__}, not a tokenizer", where=path, fix="point at a tokenizer run")
+    if expected_hash is not None and weights_hash(model) != expected_hash:
+        raise UserError(
+            "is not the tokenizer of these codes: its weights have another hash",
+            where=path,
+            fix="use the tokenizer they were made with, or encode and train again",
+        )
+    return model
+
+
+@dataclass(frozen=True)
+class OpenedGenerator:
+    """A generator, the tokenizer that decodes its codes, and what was saved beside the weights (`classes`, `layout`, …)."""
+
+    generator: Generator
+    tokenizer: Tokenizer
+    facts: dict[str, Any]
+
+
+def open_generator(path: Path, *, tokenizer: Path | None = None, ema: bool = True) -> OpenedGenerator:
+    """The generator of a run, a checkpoint or an exported model, in eval mode.
+
+    Args:
+        path: where it lies.
+        tokenizer: where its tokenizer lies now; `None`: where it lay while training.
+        ema: prefer averaged weights.
+
+    Raises:
+        UserError: no generator there, its tokenizer is gone, or is another one.
+    """
+    folder = locate_model(path)
+    generator = load_model(folder, ema=ema)
+    if not isinstance(generator, Generator):
+        raise UserError(f"holds a {type(generator).__name__}, not a generator", where=path, fix="point at a generator run")
+    facts = model_facts(folder)
+    origin = facts.get("tokenizer") or {}
+    place = tokenizer or (Path(origin["path"]) if origin.get("path") else None)
+    if place is None or not place.exists():
+        known = f"its tokenizer {place} is not here" if place else "it does not say which tokenizer made its codes"
+        raise UserError(known, where=path, fix="give the place of the tokenizer with decode_with=…")
+    return OpenedGenerator(generator, open_tokenizer(place, expected_hash=origin.get("hash")), facts)

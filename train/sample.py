@@ -1,0 +1,77 @@
+"""`tokar sample`: codes and images from a generator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..conf.compose import Composed
+from ..conf.schema import Sample
+from ..data.files import whole_file
+from ..data.progress import progress_bar
+from ..errors import UserError
+from ..evaluate.console import say
+from ..evaluate.images import save_folder, save_grid, save_npz
+from ..evaluate.samples import class_ids, decode_batches, draw_codes
+from ..models.open import OpenedGenerator, open_generator
+from .strategy import Workers
+
+GRID_LIMIT = 1024
+"""Pictures in one grid: more is no picture any more."""
+
+
+def sample(composed: Composed) -> int:
+    """Draw `count` samples and write them as asked: a grid, a folder of PNGs, an npz, the codes."""
+    config: Sample = composed.typed
+    if "grid" in config.save and config.count > GRID_LIMIT:
+        raise UserError(
+            f"{config.count} pictures do not fit one grid", where="save", fix=f"set count={GRID_LIMIT}, or save=[npz]"
+        )
+    device = Workers(config.strategy).device
+    place = Path(config.decode_with) if config.decode_with else None
+    opened = open_generator(Path(config.model), tokenizer=place, ema=config.ema)
+    opened.tokenizer.to(device)
+    labels = class_ids(config.count, config.classes, opened.generator.num_classes)
+    with progress_bar(None, config.count, "sampling") as advance:
+        drawn = draw_codes(
+            opened.generator.to(device), labels, seed=config.seed, sampling=config.sampling.model_dump(),
+            batch_size=config.batch_size, on_batch=advance,
+        )  # fmt: skip
+        batches = list(drawn)  # codes are small; pictures are decoded as each file is written
+    for path in _write(config, opened, batches):
+        say(str(path))
+    return 0
+
+
+def samples_folder(model: Path) -> Path:
+    """The samples folder of the run that `model` lies in, or one beside an exported model."""
+    run = next((folder for folder in [model, *model.parents] if (folder / "config.yaml").is_file()), model)
+    return run / "samples"
+
+
+def _write(config: Sample, opened: OpenedGenerator, batches: list[dict[str, Tensor]]) -> list[Path]:
+    out = Path(config.out) if config.out else samples_folder(Path(config.model))
+    written = []
+    if "grid" in config.save:
+        images = torch.cat([batch["image"] for batch in decode_batches(opened.tokenizer, batches)])
+        classes = len(config.classes or range(opened.generator.num_classes))
+        columns = classes if 1 < classes <= 20 else None  # one class a column, where that is readable
+        written.append(save_grid(images, out / "samples.png", columns, config.scale))
+    if "folder" in config.save:
+        written.append(save_folder(decode_batches(opened.tokenizer, batches), out / "images"))
+    if "npz" in config.save:
+        written.append(save_npz(decode_batches(opened.tokenizer, batches), out / "samples.npz", config.count))
+    if "codes" in config.save:
+        written.append(_save_codes(torch.cat([batch["codes"] for batch in batches]), out / "codes.npy"))
+    return written
+
+
+def _save_codes(codes: Tensor, path: Path) -> Path:
+    import numpy as np
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        np.save(file, codes.numpy())
+    return path
