@@ -118,6 +118,8 @@ class DinoFeatures(FeatureNet):
     """
 
     name = "dinov2"
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, folder: Path) -> None:
         super().__init__()

@@ -87,22 +87,28 @@ class InceptionB(nn.Module):
         return torch.cat([self.branch3x3(x), double, F.max_pool2d(x, 3, stride=2)], 1)
 
 
+def _row(channels_in: int, channels_out: int) -> BasicConv2d:
+    return BasicConv2d(channels_in, channels_out, (1, 7), padding=(0, 3))
+
+
+def _column(channels_in: int, channels_out: int) -> BasicConv2d:
+    return BasicConv2d(channels_in, channels_out, (7, 1), padding=(3, 0))
+
+
 class InceptionC(nn.Module):
     """17x17 block with 7x7 convolutions split into rows and columns."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        row: dict[str, tuple[int, int]] = {"kernel": (1, 7), "padding": (0, 3)}
-        column: dict[str, tuple[int, int]] = {"kernel": (7, 1), "padding": (3, 0)}
         self.branch1x1 = BasicConv2d(channels, 192, 1)
         self.branch7x7_1 = BasicConv2d(channels, width, 1)
-        self.branch7x7_2 = BasicConv2d(width, width, **row)
-        self.branch7x7_3 = BasicConv2d(width, 192, **column)
+        self.branch7x7_2 = _row(width, width)
+        self.branch7x7_3 = _column(width, 192)
         self.branch7x7dbl_1 = BasicConv2d(channels, width, 1)
-        self.branch7x7dbl_2 = BasicConv2d(width, width, **column)
-        self.branch7x7dbl_3 = BasicConv2d(width, width, **row)
-        self.branch7x7dbl_4 = BasicConv2d(width, width, **column)
-        self.branch7x7dbl_5 = BasicConv2d(width, 192, **row)
+        self.branch7x7dbl_2 = _column(width, width)
+        self.branch7x7dbl_3 = _row(width, width)
+        self.branch7x7dbl_4 = _column(width, width)
+        self.branch7x7dbl_5 = _row(width, 192)
         self.branch_pool = BasicConv2d(channels, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
