@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,16 +33,21 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         # LlamaGen and GigaTok keep their command line beside the weights: plain values in a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            "holds objects that could run code when read", where=path, fix="save its state dict alone, best as safetensors"
-        ) from error
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot be read ({reason})", where=path, fix="the file is broken: copy it again") from error
+    except Exception as error:  # a file of garbage makes the unpickler fail in any way
+        raise _refusal(path, error) from error
     if not isinstance(content, Mapping):
         raise UserError(f"holds a {type(content).__name__}, not a state dict", where=path, fix="give a checkpoint file")
     return dict(content)
+
+
+def _refusal(path: Path, error: Exception) -> UserError:
+    if found := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
+        return UserError(
+            f"holds {found[1]}, an object that could run code when read",
+            where=path,
+            fix="save its state dict alone, best as safetensors",
+        )
+    return UserError("is not a checkpoint, or is broken", where=path, fix="copy it again, or save it as safetensors")
 
 
 def unwrap(checkpoint: Mapping[str, Any], *, where: object = None) -> tuple[dict[str, Tensor], str]:
