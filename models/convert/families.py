@@ -14,6 +14,7 @@ from .family import Family, shapes_of
 # A family is one class in its own module, imported when first asked for.
 _FAMILIES = {
     "llamagen_vq": "llamagen.LlamaGenVQ",
+    "llamagen_gpt": "llamagen_gpt.LlamaGenGPT",
 }
 
 

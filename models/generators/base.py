@@ -40,7 +40,7 @@ class Generator(nn.Module, ABC):
 
     def recompute(self, codes: Tensor, condition: Tensor, unit: int) -> Tensor:
         """Logits `[B, U, V]` of `unit` from the codes alone, without a cache: the slow twin of `propose`."""
-        return self.logits(codes, condition)[:, self.plan.tokens(unit)]
+        return self.logits(codes, condition)[:, self.plan.columns(unit)]
 
     @abstractmethod
     def begin(self, condition: Tensor, *, capacity: int | None = None, compile: bool = False) -> Any:

@@ -1,0 +1,73 @@
+"""Building blocks shared by the networks.
+
+Shapes: `B` batch, `L` slots, `C` width, `F` hidden width of the feed-forward.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm: computed in float32, cast back to the input's type, then scaled.
+
+    Args:
+        dim: width `C`.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis of `[..., C]`."""
+        # The cast comes before the weight: the other order differs in half precision from the published networks.
+        return F.rms_norm(x, (x.shape[-1],), None, self.eps) * self.weight
+
+
+def swiglu_hidden(dim: int, multiple_of: int) -> int:
+    """Hidden width of a SwiGLU layer: two thirds of `4·dim`, rounded up to a multiple."""
+    hidden = int(2 * (4 * dim) / 3)
+    return -(-hidden // multiple_of) * multiple_of
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward `down(silu(gate x) · up x)` without bias; gate and up share one matrix.
+
+    Args:
+        dim: width `C`.
+        hidden: width `F`.
+        dropout: rate after `down`.
+    """
+
+    def __init__(self, dim: int, hidden: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., C]` to `[..., C]`."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return F.dropout(self.down(F.silu(gate) * up), self.dropout, self.training)
+
+
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Stochastic depth: zero the whole branch `[B, ...]` of a sample at `rate`, scale the others up."""
+    if not training or rate == 0.0:
+        return x
+    keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= rate
+    return x * (keep / (1.0 - rate)).to(x.dtype)
+
+
+def init_normal(module: nn.Module, std: float = 0.02) -> None:
+    """Draw every linear and embedding weight of `module` from N(0, std²); biases are zeroed."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Embedding):
+            nn.init.normal_(layer.weight, std=std)
+        if isinstance(layer, nn.Linear) and layer.bias is not None:
+            nn.init.zeros_(layer.bias)

@@ -1,0 +1,85 @@
+"""From logits to codes: temperature, top-k, top-p, then one draw by inverse CDF.
+
+Shapes: `B` batch, `U` tokens picked at once, `N` tokens of an image, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def uniforms(seed: int, sample_ids: Sequence[int], n_tokens: int, device: torch.device | str = "cpu") -> Tensor:
+    """One number in [0, 1) for every token of every sample: `[B, N]` float32.
+
+    Sample `i` gets the same numbers in any batch, on any device: they are a pure function of (seed, sample id, token).
+    float32 is meant: times the float64 total of a distribution, such a number always stays below that total.
+
+    Args:
+        seed: of the whole request, not negative.
+        sample_ids: id of each sample, not negative.
+        n_tokens: `N`.
+        device: where they go.
+    """
+    streams = [np.random.Generator(np.random.Philox(key=[seed, index])) for index in sample_ids]
+    return torch.from_numpy(np.stack([stream.random(n_tokens, dtype=np.float32) for stream in streams])).to(device)
+
+
+def restrict(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Logits `[..., V]` in which the tokens that may not be drawn are -inf, as LlamaGen does.
+
+    Args:
+        logits: already divided by the temperature.
+        top_k: keep the k largest (and any equal to the k-th); 0 keeps all.
+        top_p: then keep the most likely tokens up to and including the first at which their total passes `top_p`; 1 keeps all.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        threshold = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
+    if top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        probability = ordered.softmax(dim=-1)
+        # Dropped where the tokens before it already pass top_p: the crossing token itself stays, and so does the first.
+        before = probability.cumsum(dim=-1) - probability
+        dropped = before > top_p
+        dropped[..., 0] = False
+        logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -torch.inf)
+    return logits
+
+
+def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """The token at which the cumulative distribution of `softmax(logits)` first passes `uniform`.
+
+    Args:
+        logits: `[B, U, V]` float32.
+        uniform: `[B, U]` in [0, 1).
+
+    Returns:
+        Codes `[B, U]` int64; a token of probability 0 is never drawn.
+    """
+    total = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    target = uniform.double()[..., None] * total[..., -1:]
+    index = torch.searchsorted(total, target, right=True)[..., 0]
+    return index.clamp_(max=logits.shape[-1] - 1)  # NaN logits land past the end; the caller reports those
+
+
+def pick(
+    logits: Tensor, uniform: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, greedy: bool = False
+) -> Tensor:
+    """Codes `[B, U]` int64 from logits `[B, U, V]`: temperature, top-k, top-p, draw; or the arg-max when greedy.
+
+    Args:
+        logits: guided already.
+        uniform: `[B, U]`, one number for each draw.
+        temperature: divides the logits; positive.
+        top_k: see `restrict`.
+        top_p: see `restrict`.
+        greedy: take the most likely token; the other choices then do not matter.
+    """
+    if greedy:
+        return logits.argmax(dim=-1)
+    scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
+    return draw(restrict(scaled, top_k, top_p), uniform)
