@@ -9,20 +9,17 @@ from typing import Any, Union, get_args, get_origin
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from ..errors import ConfigError, UserError, nearest
+from .overrides import ROOT, Sorted, say_hydra, sort_overrides
 from .schema import FILLED, SCHEMAS, Node
 from .signature import check_components, say
 
-ROOT = Path(__file__).resolve().parent
 ROOTS = {"tokenizer": "train_tokenizer", "generator": "train_generator", "classifier": "train_classifier"}
 """Root YAML of each stage, where it is not the stage's own name."""
 
@@ -52,14 +49,36 @@ def compose(stage: str, overrides: Sequence[str]) -> Composed:
     Raises:
         ConfigError: every problem, one line each.
     """
+    plain, found = unchecked(stage, overrides)
+    try:
+        return check(stage, plain, found.canonical, found.problems)
+    except ConfigError as error:
+        if found.group_refused:  # what the refused option would have set is not missing
+            raise ConfigError([line for line in error.lines if ": missing; " not in line]) from None
+        raise
+
+
+def unchecked(stage: str, overrides: Sequence[str]) -> tuple[dict[str, Any], Sorted]:
+    """The composed config of `stage` before the schema sees it, and what became of the overrides.
+
+    Raises:
+        ConfigError: Hydra cannot compose it.
+    """
     if stage not in SCHEMAS:
         raise UserError("no such stage", where=stage, fix=nearest(stage, SCHEMAS))
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(ROOT), version_base=None):
-        usable, emptied, problems = _sort_overrides(overrides, stage)
-        plain = _compose(ROOTS.get(stage, stage), usable, problems)
-    plain |= dict.fromkeys(emptied)
-    return check(stage, plain, overrides, problems)
+        found = sort_overrides(overrides, stage, GlobalHydra.instance().config_loader())
+        plain = _compose(ROOTS.get(stage, stage), found.usable, found.problems)
+    for key in found.emptied:
+        _set(plain, key.split("."), None)
+    return plain, found
+
+
+def _set(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for part in path[:-1]:
+        tree = tree.setdefault(part, {})
+    tree[path[-1]] = value
 
 
 def check(stage: str, plain: dict[str, Any], overrides: Sequence[str] = (), problems: Sequence[str] = ()) -> Composed:
@@ -71,6 +90,7 @@ def check(stage: str, plain: dict[str, Any], overrides: Sequence[str] = (), prob
     found = list(problems)
     if plain.get("stage") != stage:
         raise ConfigError([*found, f"stage: is {plain.get('stage')!r} here, not {stage!r}; leave it to the command"])
+    found += _missing(plain)
     typed = None
     try:
         typed = SCHEMAS[stage].model_validate(plain)
@@ -93,68 +113,18 @@ def groups() -> dict[str, list[str]]:
     return found
 
 
-def _sort_overrides(overrides: Sequence[str], stage: str) -> tuple[list[str], list[str], list[str]]:
-    """Overrides that Hydra can take, groups to leave out (`discriminator=null`), and the problems of the others.
-
-    Values are forced in (`++`), so that Hydra does not stop at the first unknown key: the schema then names them all.
-    """
-    loader = GlobalHydra.instance().config_loader()
-    parser = OverridesParser.create()
-    usable: list[str] = []
-    emptied: list[str] = []
-    problems: list[str] = []
-    for text in overrides:
-        try:
-            override = parser.parse_override(text)
-        except HydraException as error:
-            problems.append(f"{text}: not an override ({str(error).splitlines()[0]}); write key=value")
-            continue
-        problem = _override_problem(override, text, loader) or _experiment_problem(override, stage)
-        if problem:
-            problems.append(problem)
-        elif loader.get_group_options(override.key_or_group) and override.value() is None and not override.is_delete():
-            emptied.append(override.key_or_group)
-        elif override.is_delete() or _is_group(override, loader):
-            usable.append(text)
-        else:
-            usable.append("++" + text.lstrip("+"))
-    return usable, emptied, problems
-
-
-def _is_group(override: Override, loader: ConfigLoader) -> bool:
-    key = override.key_or_group
-    return key.startswith("hydra") or (bool(loader.get_group_options(key)) and isinstance(override.value(), str))
-
-
-def _override_problem(override: Override, text: str, loader: ConfigLoader) -> str | None:
-    if override.is_sweep_override():
-        return f"{text}: several values; add --multirun or quote the value"
-    options = loader.get_group_options(override.key_or_group)
-    value = override.value()
-    if options and isinstance(value, str) and value not in options:
-        return f"{override.key_or_group}={value}: no such option; {nearest(value, options)}"
-    return None
-
-
-def _experiment_problem(override: Override, stage: str) -> str | None:
-    """An experiment of another stage, told before its groups fail to fit."""
-    if override.key_or_group != "experiment" or not isinstance(name := override.value(), str):
-        return None
-    own = OmegaConf.load(ROOT / "experiment" / f"{name}.yaml").get("stage")
-    if own == stage:
-        return None
-    return f"experiment={name}: is for the stage {own!r}, not {stage!r}; run `tokar train {own} experiment={name}`"
-
-
 def _compose(config_name: str, overrides: Sequence[str], problems: list[str]) -> dict[str, Any]:
     try:
         config = hydra_compose(config_name=config_name, overrides=list(overrides))
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
     except (HydraException, OmegaConfBaseException) as error:
-        line = " ".join(part.strip() for part in str(error).splitlines() if part.strip())
-        raise ConfigError([*problems, f"{config_name}: {line}"]) from error
+        raise ConfigError([*problems, say_hydra(error, config_name, list(groups()))]) from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def _missing(plain: Mapping[str, Any]) -> list[str]:
+    return [f"{path}: missing; give it a value with {path}=…" for path, value in flatten(plain).items() if value == "???"]
 
 
 def _schema_problems(error: ValidationError, schema: type[Node]) -> Iterator[str]:
@@ -167,7 +137,9 @@ def _schema_problems(error: ValidationError, schema: type[Node]) -> Iterator[str
         seen.add(path)
         if item["type"] == "extra_forbidden":
             yield f"{path}: no such key; {nearest(str(location[-1]), _fields(schema, location[:-1]))}"
-        elif item["type"] == "missing" or item["input"] == "???":
+        elif item["input"] == "???":
+            continue  # told already, together with those that any text would satisfy
+        elif item["type"] == "missing":
             yield f"{path}: missing; give it a value with {path}=…"
         else:
             yield f"{path}: {say(item, item['input'])}"

@@ -291,6 +291,27 @@ class Evaluate(Node):
     out: Text | None = None
 
 
+class Bench(Node):
+    """`tokar bench`."""
+
+    stage: Literal["bench"]
+    paths: Paths
+    data: Data
+    tokenizer: Component
+    discriminator: Component | None
+    losses: TokenizerLosses
+    generator: Component
+    optim: Optim
+    sampling: Sampling
+    strategy: Strategy
+    grid: tuple[PositiveInt, PositiveInt] = Field(description="token grid of the generator")
+    num_classes: PositiveInt
+    batch_size: PositiveInt = Field(description="of training steps")
+    sample_batch: PositiveInt = Field(description="of sampling")
+    seconds: PositiveFloat = Field(description="measured for each row, after a warm-up")
+    out: Text = Field(description="JSON file")
+
+
 SCHEMAS: dict[str, type[Node]] = {
     "tokenizer": TokenizerRun,
     "generator": GeneratorRun,
@@ -299,10 +320,12 @@ SCHEMAS: dict[str, type[Node]] = {
     "encode": Encode,
     "sample": Sample,
     "evaluate": Evaluate,
+    "bench": Bench,
 }
 FILLED: dict[str, frozenset[str]] = {
     "tokenizer": frozenset(),
     "generator": frozenset({"vocab_size", "num_classes", "grid", "n_tokens"}),
     "classifier": frozenset({"image_size", "num_classes"}),
+    "bench": frozenset({"vocab_size", "num_classes", "grid", "n_tokens"}),
 }
 """Constructor arguments that a stage reads off its data and tokenizer, so configs leave them out."""

@@ -28,11 +28,20 @@ _NAMES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Parameter:
-    """One argument of a constructor; `adapter` is `None` where the annotation names a built object."""
+    """One argument of a constructor, with its type and default as the source writes them.
+
+    `adapter` is `None` where the annotation names a built object.
+    """
 
     name: str
     adapter: TypeAdapter[Any] | None
-    required: bool
+    annotation: str
+    default: str | None
+
+    @property
+    def required(self) -> bool:
+        """There is no default."""
+        return self.default is None
 
 
 class NoTargetError(LookupError):
@@ -53,7 +62,10 @@ def _parameters(target: str) -> dict[str, Parameter]:
     module, _, name = target.removeprefix("tokar.").rpartition(".")
     path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
     if not path.is_file():
-        raise NoTargetError(f"no module {'tokar.' + module!r}; check the _target_")
+        modules = [file.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for file in ROOT.glob("models/**/*.py")]
+        raise NoTargetError(
+            f"no module {'tokar.' + module!r}; {nearest('tokar.' + module, [f'tokar.{name}' for name in modules])}"
+        )
     definitions = {
         node.name: node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef | ast.FunctionDef)
     }
@@ -70,11 +82,11 @@ def _parameters(target: str) -> dict[str, Parameter]:
 
 def _read_arguments(arguments: ast.arguments) -> Iterator[Parameter]:
     positional = [argument for argument in arguments.args if argument.arg != "self"]
-    first_default = len(positional) - len(arguments.defaults)
-    for index, argument in enumerate(positional):
-        yield Parameter(argument.arg, _adapter(argument.annotation), required=index < first_default)
-    for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
-        yield Parameter(argument.arg, _adapter(argument.annotation), required=default is None)
+    undefaulted: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults))
+    defaults = [*undefaulted, *arguments.defaults, *arguments.kw_defaults]
+    for argument, default in zip([*positional, *arguments.kwonlyargs], defaults, strict=True):
+        annotation = ast.unparse(argument.annotation) if argument.annotation else "Any"
+        yield Parameter(argument.arg, _adapter(argument.annotation), annotation, default and ast.unparse(default))
 
 
 def _adapter(annotation: ast.expr | None) -> TypeAdapter[Any] | None:
@@ -129,6 +141,8 @@ def _check_value(parameter: Parameter, value: Any, path: str) -> Iterator[str]:
         return
     if parameter.adapter is None:
         return
+    if value == "???":
+        return  # missing, which is told with all the others
     try:
         parameter.adapter.validate_python(value)
     except ValidationError as error:
@@ -137,9 +151,17 @@ def _check_value(parameter: Parameter, value: Any, path: str) -> Iterator[str]:
 
 def say(error: Mapping[str, Any], value: Any) -> str:
     """One clause for a pydantic error."""
-    message = str(error["msg"])
-    message = message.removeprefix("Input should be ").removeprefix("Value error, ")
-    lead = "" if message != error["msg"] and error["type"] == "value_error" else "must be "
-    if error["type"] == "value_error":
-        return message
-    return f"{lead}{message}, not {value!r}"
+    kind, message = str(error["type"]), str(error["msg"])
+    if kind == "value_error":
+        return message.removeprefix("Value error, ")
+    wanted = next(
+        (words for start, words in _WANTED.items() if kind.startswith(start)), message.removeprefix("Input should be ")
+    )
+    return f"must be {wanted}, not {value!r}"
+
+
+_WANTED = {
+    "int_": "a whole number", "float_": "a number", "bool_": "true or false", "string_": "text",
+    "dict_": "a group of keys", "model_": "a group of keys", "list_": "a list", "tuple_": "a list",
+}  # fmt: skip
+"""What users call the types, by the beginning of pydantic's error type."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from ..conf.schema import Data
 from ..data.shards import ImageDataset
-from ..data.stream import collate
+from ..data.stream import Stream
 from ..data.transforms import Augment
 from .protocol import content_id
 
@@ -29,10 +28,4 @@ def reference_batches(
     total = min(count or len(samples), len(samples))
     facts = {"source": data.source, "split": split, "images": total, "image_size": data.image_size, "crop": data.crop,
              "content": content_id({"shards": [shard["sha256"] for shard in samples.manifest.get("shards", [])]})}  # fmt: skip
-
-    def batches() -> Iterator[dict[str, Tensor]]:
-        for start in range(0, total, batch_size):
-            indices = np.arange(start, min(start + batch_size, total))
-            yield collate(samples.fetch(indices, np.zeros_like(indices), 0))
-
-    return batches(), total, facts
+    return Stream(samples, batch_size=batch_size, seed=0, shuffle=False, workers=data.workers).once(total), total, facts

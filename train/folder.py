@@ -89,7 +89,7 @@ def _write_snapshot(path: Path, composed: Composed) -> None:
     (path / CONFIG_NAME).write_text(composed.yaml())
     file = path / ENVIRONMENT_NAME
     known = json.loads(file.read_text()) if file.exists() else {"starts": []}
-    commit, patch = _code_state()
+    commit, patch = code_state()
     known |= {
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
@@ -109,7 +109,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _code_state() -> tuple[str | None, str]:
+def code_state() -> tuple[str | None, str]:
     """Commit and uncommitted changes of the checkout that runs, when it is one."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -162,6 +163,13 @@ class Stopwatch:
         }
         self.__init__()  # type: ignore[misc]
         return values
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """Peak memory in MiB: of the GPU, or of the process."""
+    if device.type == "cuda":
+        return {"memory_mib": torch.cuda.max_memory_allocated(device) / 2**20}
+    return {"memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 
 class Progress:

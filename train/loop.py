@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..data.stream import Stream
 from ..evaluate.images import save_grid
 from . import checkpoint
 from .clock import Clock
-from .logging import Meters, MetricsFile, Progress, Stopwatch, Wandb
+from .logging import Meters, MetricsFile, Progress, Stopwatch, Wandb, memory
 from .randomness import seed_step
 from .schedule import factor
 from .signals import StopFlag, Stopped
@@ -33,7 +33,7 @@ class Fit:
     workers: Workers
     networks: dict[str, Network]
     train: Stream
-    validate: Callable[[int, int], Iterator[Batch]]
+    validate: Stream
     clock: Clock
     loop: LoopConfig
     schedule: ScheduleConfig
@@ -102,7 +102,7 @@ class Fit:
         values = self.meters.read(self.workers.sum)
         speed = watch.read()
         self.metrics.write(self.clock, values)
-        self.timing.write(self.clock, {**speed, **_memory(self.workers.device)})
+        self.timing.write(self.clock, {**speed, **memory(self.workers.device)})
         self.wandb.write(self.clock, {**values, **speed})
         shown = {name.removeprefix("train/"): value for name, value in values.items() if name in ("train/loss", "train/usage")}
         parts = [f"{name} {value:.4f}" for name, value in shown.items()] + [f"{speed['images_per_s']:.0f} images/s"]
@@ -111,7 +111,7 @@ class Fit:
     def _evaluate(self) -> str:
         meters = Meters()
         with self._averaged():
-            for batch in self.validate(self.loop.eval_samples, self.workers.rank):
+            for batch in self.validate.once(self.loop.eval_samples):
                 batch = self._to_device(batch)
                 metrics = self.stage.evaluate(batch, self.networks)
                 meters.add({f"val/{name}": value for name, value in metrics.items()}, len(batch["label"]))
@@ -124,12 +124,12 @@ class Fit:
         if self.workers.rank != 0:
             return
         with self._averaged():
-            batch = self._to_device(next(iter(self.validate(32, 0))))
+            batch = self._to_device(next(self.validate.once(32)))
             pictures = self.stage.draw(batch, self.networks)
         for name, images in pictures.items():
             path = self.folder / "samples" / f"step-{self.clock.step:08d}-{name}.png"
             path.parent.mkdir(exist_ok=True)
-            save_grid(images.cpu().numpy(), path)
+            save_grid(images, path)
             self.wandb.write_picture(self.clock, name, path)
 
     def _save(self) -> None:
@@ -164,12 +164,3 @@ class Fit:
             yield
         for name, network in self.networks.items():
             network.module.train(modes[name])
-
-
-def _memory(device: torch.device) -> dict[str, float]:
-    """Peak memory in MiB: of the GPU since the start, or of the process."""
-    if device.type == "cuda":
-        return {"memory_mib": torch.cuda.max_memory_allocated(device) / 2**20}
-    import resource
-
-    return {"memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}

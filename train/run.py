@@ -105,7 +105,7 @@ def _initialise(path: Path, networks: dict[str, Network]) -> None:
     """Weights of the main network from a run, a checkpoint or an exported model."""
     from ..models.build import load_model, locate_model
 
-    name, network = next(iter(networks.items()))
+    network = next(iter(networks.values()))
     weights = load_model(locate_model(path), trusted=True).state_dict()
     checkpoint.copy_weights(network, weights, where=path)
     if network.ema is not None:

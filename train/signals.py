@@ -28,7 +28,7 @@ class StopFlag:
         self.signal = number
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818 - not an error: the run did what it was asked
     """The run was asked to stop and has saved. `exit_code` tells the caller whether to start it again."""
 
     def __init__(self, number: int, step: int) -> None:

@@ -26,7 +26,7 @@ class Stage(Protocol):
     frozen: list[nn.Module]
 
     def step(self, batch: Batch, clock: Clock, networks: Networks) -> dict[str, Tensor]:
-        """Call `backward` on the networks for one micro-batch and return metrics; the loop updates those that got a gradient."""
+        """Call `backward` on networks for one micro-batch and return metrics; the loop updates those that got a gradient."""
         ...
 
     def evaluate(self, batch: Batch, networks: Networks) -> dict[str, Tensor]:

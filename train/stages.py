@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..conf.schema import ClassifierRun, Data, GeneratorRun, Spine, TokenizerRun
 from ..data.codes import CodeDataset
 from ..data.shards import ImageDataset
-from ..data.stream import Samples, Stream, collate
+from ..data.stream import Dataset, Stream
 from ..data.transforms import Augment
 from ..errors import UserError
 from ..evaluate.reference import plain_split
@@ -23,18 +21,18 @@ from ..models.tokenizers.base import Tokenizer
 from ..models.tokenizers.layout import TokenLayout
 from .classifier import ClassifierStage
 from .generator import GeneratorStage
-from .stage import Batch, Stage
+from .stage import Stage
 from .strategy import Workers
 from .tokenizer import TokenizerStage
 
 
 @dataclass(frozen=True)
 class Built:
-    """A stage with its training stream and its validation batches `(samples, rank) → batches`."""
+    """A stage with its training stream and its validation images or codes."""
 
     stage: Stage
     train: Stream
-    validate: Callable[[int, int], Iterator[Batch]]
+    validate: Stream
 
 
 def build_tokenizer(config: TokenizerRun, workers: Workers) -> Built:
@@ -92,7 +90,7 @@ def find_tokenizer(config: GeneratorRun) -> tuple[Tokenizer | None, dict[str, An
     """
     place = config.codes.tokenizer
     if place is None and config.codes.path:
-        named = CodeDataset(Path(config.codes.path) / config.data.train_split).protocol.get("tokenizer")
+        named = CodeDataset(Path(config.codes.path) / config.data.train_split).manifest["protocol"].get("tokenizer")
         place = named if named and Path(named).exists() else None
     if place is None:
         return None, {}
@@ -126,16 +124,13 @@ def _check_image_size(image_size: int, layout: TokenLayout) -> None:
         )
 
 
-def _built(config: Spine, workers: Workers, stage: Stage, train: Samples, validate: Samples) -> Built:
+def _built(config: Spine, workers: Workers, stage: Stage, train: Dataset, validate: Dataset) -> Built:
+    loop, ranks = config.loop, {"rank": workers.rank, "world": workers.world}
     stream = Stream(
-        train, batch_size=config.loop.batch_size, seed=config.seed, rank=workers.rank, world=workers.world,
-        accumulate=config.loop.accumulate, workers=config.data.workers, pin=workers.device.type == "cuda",
+        train, batch_size=loop.batch_size, seed=config.seed, accumulate=loop.accumulate, workers=config.data.workers,
+        pin=workers.device.type == "cuda", **ranks,
     )  # fmt: skip
-    batch_size = max(1, config.loop.batch_size // (workers.world * config.loop.accumulate))
-
-    def batches(samples: int, rank: int) -> Iterator[Batch]:
-        own = np.array_split(np.arange(min(samples, len(validate))), workers.world)[rank]
-        for indices in np.split(own, range(batch_size, len(own), batch_size)):
-            yield collate(validate.fetch(indices, np.zeros_like(indices), config.seed))
-
-    return Built(stage, stream, batches)
+    looked_at = Stream(
+        validate, batch_size=max(workers.world, loop.batch_size // loop.accumulate), seed=0, shuffle=False, **ranks
+    )
+    return Built(stage, stream, looked_at)

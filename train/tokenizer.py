@@ -95,12 +95,8 @@ class TokenizerStage:
     def evaluate(self, batch: Batch, networks: Networks) -> dict[str, Tensor]:
         """PSNR (dB) and SSIM of reconstructions rounded to uint8, and the codes used."""
         output = networks["tokenizer"](to_image(batch["image"]))
-        rounded = to_uint8(output.reconstruction)
-        return {
-            "psnr": psnr(rounded, batch["image"]).mean(),
-            "ssim": ssim(rounded, batch["image"]).mean(),
-            "codes": self._histogram(output),
-        }
+        image, rounded = (pixels.permute(0, 3, 1, 2).float() for pixels in (batch["image"], to_uint8(output.reconstruction)))
+        return {"psnr": psnr(image, rounded).mean(), "ssim": ssim(image, rounded).mean(), "codes": self._histogram(output)}
 
     def draw(self, batch: Batch, networks: Networks) -> dict[str, Tensor]:
         """Images and their reconstructions, alternating."""
