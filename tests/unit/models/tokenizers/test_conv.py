@@ -51,10 +51,14 @@ def test_downsample_pads_right_and_bottom():
     assert torch.equal(down(x), x[..., ::2, ::2])
 
 
-def test_upsample_repeats_pixels_before_its_convolution():
-    up, x = Upsample(2), torch.randn(1, 2, 3, 4)
-    repeated = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    torch.testing.assert_close(up(x), up.conv(repeated), rtol=0, atol=1e-6)
+def test_upsample_equals_repeating_pixels_and_convolving():
+    torch.manual_seed(0)
+    up, x = Upsample(2), torch.randn(1, 2, 3, 4, requires_grad=True)
+    repeated = up.conv(x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
+    torch.testing.assert_close(up(x), repeated, rtol=0, atol=1e-6)
+    tensors = (x, up.conv.weight, up.conv.bias)
+    ours, plain = (torch.autograd.grad(y.square().sum(), tensors) for y in (up(x), repeated))
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_residual_block_adds_its_input_and_drops_only_in_training():
