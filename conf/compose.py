@@ -20,8 +20,8 @@ from .overrides import ROOT, Sorted, say_hydra, sort_overrides
 from .schema import FILLED, SCHEMAS, Node
 from .signature import check_components, say
 
-ROOTS = {"tokenizer": "train_tokenizer", "generator": "train_generator", "classifier": "train_classifier"}
-"""Root YAML of each stage, where it is not the stage's own name."""
+TRAINING = ("tokenizer", "generator", "classifier")
+"""Stages of `tokar train`."""
 
 NEUTRAL = (
     "name", "paths", "logger", "loop.log_every", "loop.keep", "loop.keep_every", "data.source", "data.path", "data.workers",
@@ -69,7 +69,7 @@ def unchecked(stage: str, overrides: Sequence[str]) -> tuple[dict[str, Any], Sor
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(ROOT), version_base=None):
         found = sort_overrides(overrides, stage, GlobalHydra.instance().config_loader())
-        plain = _compose(ROOTS.get(stage, stage), found.usable, found.problems)
+        plain = _compose(stage, found)
     for key in found.emptied:
         _set(plain, key.split("."), None)
     return plain, found
@@ -113,14 +113,20 @@ def groups() -> dict[str, list[str]]:
     return found
 
 
-def _compose(config_name: str, overrides: Sequence[str], problems: list[str]) -> dict[str, Any]:
+def _compose(stage: str, found: Sorted) -> dict[str, Any]:
     try:
-        config = hydra_compose(config_name=config_name, overrides=list(overrides))
+        config = hydra_compose(config_name=root_config(stage), overrides=found.usable)
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError([*problems, say_hydra(error, config_name, list(groups()))]) from error
+        own = [group for group in groups() if group.partition("/")[0] in SCHEMAS[stage].model_fields]
+        raise ConfigError([*found.problems, say_hydra(error, stage, own)]) from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def root_config(stage: str) -> str:
+    """Name of the YAML file that a stage's config starts from."""
+    return f"train_{stage}" if stage in TRAINING else stage
 
 
 def _missing(plain: Mapping[str, Any]) -> list[str]:

@@ -156,5 +156,5 @@ _SAYINGS: tuple[tuple[str, Any], ...] = (
     (r"Could not delete from config\. '([^']+)' does not exist", "~{0}: no such key; nothing to delete, leave it out"),
     (r"Could not delete from config\. The value of '([^']+)' is (.*) and not", "~{0}: its value is {1}; delete it with ~{0}"),
     (r"Could not delete '([^']+)'", "~{0}: no such group in this command; leave it out"),
-    (r"^(.*?) full_key: (\S+)", "{1}: {0}; correct the ${{{{…}}}} or give a value"),
+    (r"^(?:\w+ raised while resolving interpolation: )?(.*?) full_key: (\S+)", "{1}: {0}; correct the ${{…}} or give a value"),
 )

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ _NAMES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Parameter:
-    """One argument of a constructor, with its type and default as the source writes them.
+    """One argument of a constructor, with its type and default as the source writes them and what its docstring says.
 
     `adapter` is `None` where the annotation names a built object.
     """
@@ -37,6 +38,7 @@ class Parameter:
     adapter: TypeAdapter[Any] | None
     annotation: str
     default: str | None
+    about: str = ""
 
     @property
     def required(self) -> bool:
@@ -72,12 +74,21 @@ def _parameters(target: str) -> dict[str, Parameter]:
     if name not in definitions:
         raise NoTargetError(f"no {name!r} in tokar.{module}; {nearest(name, definitions)}")
     node = definitions[name]
+    described = _described(ast.get_docstring(node) or "")
     if isinstance(node, ast.ClassDef):
         inits = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
         if not inits:
             return {}
         node = inits[0]
-    return {parameter.name: parameter for parameter in _read_arguments(node.args)}
+        described |= _described(ast.get_docstring(node) or "")
+    return {item.name: replace(item, about=described.get(item.name, "")) for item in _read_arguments(node.args)}
+
+
+def _described(docstring: str) -> dict[str, str]:
+    """What the `Args:` of a docstring say of each argument."""
+    section = re.search(r"^Args:\n(.*?)(?:\n\S|\Z)", docstring, re.DOTALL | re.MULTILINE)
+    entries = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section.group(1), re.MULTILINE) if section else []
+    return {name: " ".join(text.split()) for name, text in entries}
 
 
 def _read_arguments(arguments: ast.arguments) -> Iterator[Parameter]:
@@ -140,6 +151,8 @@ def _check_value(parameter: Parameter, value: Any, path: str) -> Iterator[str]:
     if isinstance(value, Mapping) and "_target_" in value:
         return
     if parameter.adapter is None:
+        if isinstance(value, int | float | str) or (value is None and "None" not in parameter.annotation):
+            yield f"{path}: must be a component, not {value!r}; choose an option of its group, or give a _target_"
         return
     if value == "???":
         return  # missing, which is told with all the others

@@ -175,6 +175,24 @@ def locate_model(path: Path, name: str | None = None) -> Path:
     return checkpoint / (name or json.loads((checkpoint / "state.json").read_text())["main"])
 
 
+def export_model(source: Path, out: Path, *, ema: bool = True) -> Path:
+    """Write the model that `source` means (see `locate_model`) as a model folder; no code named in it is run.
+
+    Args:
+        source: a run, a checkpoint or a model folder.
+        out: the folder to write.
+        ema: take the averaged weights where there are some.
+
+    Raises:
+        UserError: there is no model, or its weights cannot be read.
+    """
+    folder = locate_model(source)
+    weights = folder / (EMA_NAME if ema and (folder / EMA_NAME).exists() else WEIGHTS_NAME)
+    node = json.loads((folder / CONFIG_NAME).read_text())["model"]
+    save_model(out, node, read_weights(weights), model_facts(folder))
+    return out
+
+
 def model_facts(folder: Path) -> dict[str, Any]:
     """What lies in `config.json` beside the model's node: layout, classes, …"""
     content = json.loads((folder / CONFIG_NAME).read_text())

@@ -29,7 +29,7 @@ class ConvertReport:
         tensors: number of tensors written.
         parameters: number of elements in them.
         dropped: original names without a place in our model.
-        folder: the model folder written.
+        folder: the model folder written, if any.
     """
 
     family: str
@@ -37,16 +37,18 @@ class ConvertReport:
     node: Node
     tensors: int
     parameters: int
-    folder: Path
+    folder: Path | None
     dropped: list[str] = field(default_factory=list)
 
 
-def convert_file(path: Path, out: Path, family: str | None = None, config: Mapping[str, Any] | None = None) -> ConvertReport:
+def convert_file(
+    path: Path, out: Path | None, family: str | None = None, config: Mapping[str, Any] | None = None
+) -> ConvertReport:
     """Read a published checkpoint strictly and write it as a model folder.
 
     Args:
         path: `.safetensors`, `.pt`, `.pth` or `.bin`.
-        out: the folder to write.
+        out: the folder to write; `None` only says what is there.
         family: its name; recognised from the keys when not given.
         config: constructor arguments of the original, for what shapes do not tell (e.g. `image_size`).
 
@@ -61,7 +63,8 @@ def convert_file(path: Path, out: Path, family: str | None = None, config: Mappi
     ours, dropped = chosen.to_ours(state)
     with torch.device("meta"):
         load_strict(build(node, trusted=False), ours, where=path)
-    save_model(out, node, ours, {"family": chosen.name})
+    if out is not None:
+        save_model(out, node, ours, {"family": chosen.name})
     elements = sum(value.numel() for value in ours.values())
     return ConvertReport(chosen.name, wrapper, node, len(ours), elements, out, dropped)
 
