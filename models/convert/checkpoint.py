@@ -73,6 +73,11 @@ def unwrap(checkpoint: Mapping[str, Any], *, where: object = None) -> tuple[dict
     return state, ".".join(path)
 
 
+def full_precision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Floating point tensors as float32, exactly; others as they are."""
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+
+
 def _bare(name: str) -> str:
     while prefix := next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None):
         name = name[len(prefix) :]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from ...errors import UserError
 from ..build import CONFIG_NAME, EMA_NAME, WEIGHTS_NAME, build, load_strict, read_weights, save_model
 from . import families
-from .checkpoint import read_checkpoint, unwrap
+from .checkpoint import full_precision, read_checkpoint, unwrap
 from .family import Family, Node, shapes_of
 
 
@@ -44,7 +44,7 @@ class ConvertReport:
 def convert_file(
     path: Path, out: Path | None, family: str | None = None, config: Mapping[str, Any] | None = None
 ) -> ConvertReport:
-    """Read a published checkpoint strictly and write it as a model folder.
+    """Read a published checkpoint strictly and write it as a model folder, in float32.
 
     Args:
         path: `.safetensors`, `.pt`, `.pth` or `.bin`.
@@ -60,7 +60,7 @@ def convert_file(
     if not chosen.recognise(shapes_of(state)):
         raise UserError(f"is not of the family {chosen.name}", where=path, fix="leave the family out: it is recognised")
     node = chosen.config_from(shapes_of(state), config or {})
-    ours, dropped = chosen.to_ours(state)
+    ours, dropped = chosen.to_ours(full_precision(state))
     with torch.device("meta"):
         load_strict(build(node, trusted=False), ours, where=path)
     if out is not None:

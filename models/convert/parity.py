@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ..build import build, load_strict
+from .checkpoint import full_precision
 from .families import recognise
 from .family import Family, shapes_of
 
@@ -114,13 +115,9 @@ def _read(file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
             config = json.loads((content.metadata() or {}).get("config", "{}"))
             for key in content.keys():  # noqa: SIM118  (not a mapping)
                 part, _, name = key.partition(".")
-                groups[part][name] = _full_precision(content.get_tensor(key))
+                groups[part][name] = content.get_tensor(key)
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(
             f"not a parity file ({error})", where=file, fix="give a .safetensors file with state, in and out"
         ) from error
-    return dict(groups), config
-
-
-def _full_precision(value: Tensor) -> Tensor:
-    return value.float() if value.is_floating_point() else value
+    return {part: full_precision(tensors) for part, tensors in groups.items()}, config

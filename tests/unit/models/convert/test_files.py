@@ -38,6 +38,13 @@ def test_a_published_file_becomes_a_model_folder(original, tmp_path):
     assert torch.equal(loaded(image).reconstruction, model(image).reconstruction)
 
 
+def test_half_precision_weights_become_float32(original, tmp_path):
+    state = torch.load(original[0], weights_only=False)["model"]
+    torch.save({name: value.bfloat16() for name, value in state.items()}, tmp_path / "half.pt")
+    convert_file(tmp_path / "half.pt", tmp_path / "folder")
+    assert {value.dtype for value in load_model(tmp_path / "folder").parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("name", ["back.safetensors", "deeper/back.pt"])
 def test_a_model_folder_goes_back_bitwise(original, tmp_path, name):
     file, _ = original
