@@ -12,16 +12,18 @@ from torch import Tensor, nn
 from ...errors import UserError
 from ...ranges import PositiveInt
 from .base import Tokenizer, TokenizerOutput
+from .conv import ConvDecoder, ConvEncoder
 from .layout import TokenLayout, raster_layout
+from .quantizers import Quantizer
 
 
 class VQGAN(Tokenizer):
     """LlamaGen's VQ tokenizer (and taming's): encoder → 1x1 conv → quantizer → 1x1 conv → decoder.
 
     Args:
-        encoder: image to `[B, z_channels, h, w]`; has `z_channels` and `stride`.
+        encoder: image to `[B, z_channels, h, w]`.
         decoder: the way back; same `z_channels` and `stride`.
-        quantizer: a `Quantizer`; has `codebook_size` and `dim`.
+        quantizer: any `Quantizer`; the 1x1 convolutions lead to its width and back.
         image_size: side, or height and width, of the images that the layout describes; others whose sides are
             multiples of the stride can be encoded too.
 
@@ -31,9 +33,9 @@ class VQGAN(Tokenizer):
 
     def __init__(
         self,
-        encoder: nn.Module,
-        decoder: nn.Module,
-        quantizer: nn.Module,
+        encoder: ConvEncoder,
+        decoder: ConvDecoder,
+        quantizer: Quantizer,
         image_size: PositiveInt | Sequence[PositiveInt] = 256,
     ) -> None:
         super().__init__()
@@ -42,7 +44,7 @@ class VQGAN(Tokenizer):
             if ours != theirs:
                 raise ValueError(f"{name} is {ours} in the encoder, {theirs} in the decoder; make them equal")
         self.encoder, self.decoder, self.quantizer = encoder, decoder, quantizer
-        self.stride: int = encoder.stride
+        self.stride = encoder.stride
         self.quant_conv = nn.Conv2d(encoder.z_channels, quantizer.dim, 1)
         self.post_quant_conv = nn.Conv2d(quantizer.dim, decoder.z_channels, 1)
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)

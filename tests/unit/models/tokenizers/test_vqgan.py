@@ -107,3 +107,12 @@ def test_learns_to_reconstruct_and_uses_its_codes():
         history.append(error.item())
     assert history[-1] < 0.4 * history[0]
     assert small.eval()(images).codes.unique().numel() > 0.8 * 32
+
+
+def test_compiles_to_one_graph(model):
+    torch._dynamo.reset()
+    image = torch.rand(2, 3, 8, 12) * 2 - 1
+    compiled = torch.compile(model.train(), fullgraph=True, backend="aot_eager")
+    ours, plain = compiled(image), model(image)
+    assert torch.equal(ours.codes, plain.codes)
+    torch.testing.assert_close(ours.reconstruction, plain.reconstruction)
