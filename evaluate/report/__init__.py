@@ -1,1 +1,3 @@
-"""One self-contained HTML page about runs."""
+"""The report page: `write_report(runs, out)`."""
+
+from .page import write_report as write_report

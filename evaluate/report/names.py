@@ -1,0 +1,35 @@
+"""How metrics are called on the page, and which direction is better."""
+
+from __future__ import annotations
+
+LABELS = {
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "lpips": "LPIPS",
+    "mse": "MSE",
+    "fd_inception": "FID",
+    "fd_dinov2": "FD-DINOv2",
+    "fd_classifier": "FD, classifier",
+    "lr": "learning rate",
+    "images_per_s": "images / s",
+    "step_ms": "step, ms",
+    "data_wait": "data wait",
+}
+LOWER = ("fd_", "lpips", "mse", "loss", "error", "data_wait", "step_ms")
+HIGHER = ("psnr", "ssim", "accuracy", "usage", "perplexity", "images_per_s")
+
+
+def label(key: str) -> str:
+    """A metric's name for people: the last part of its key, spelled out where it is a known abbreviation."""
+    *scope, name = key.removeprefix("optim/").split("/")
+    words = LABELS.get(name, name.replace("_", " "))
+    words = f"{' '.join(scope)}: {words}" if scope else words
+    return words[:1].upper() + words[1:]
+
+
+def better(key: str) -> str:
+    """`"↑"`, `"↓"`, or nothing where neither end is the good one."""
+    name = key.rsplit("/", 1)[-1]
+    if any(part in name for part in HIGHER):
+        return "↑"
+    return "↓" if any(part in name for part in LOWER) else ""

@@ -1,0 +1,167 @@
+"""What a run folder holds, read for the report: everything optional, nothing silently wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ...errors import UserError
+from ..protocol import Result
+
+CONFIG, ENVIRONMENT, METRICS, TIMING = "config.yaml", "environment.json", "metrics.jsonl", "timing.jsonl"
+MARKS = (CONFIG, METRICS, "evaluation", "samples")
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Run:
+    """One run folder.
+
+    Args:
+        folder: where it lies.
+        name: the shortest end of its path that no other run of the report has.
+        colour: index in the palette, counted within the stage: colour tells runs of one stage apart.
+        stage: `tokenizer`, `generator`, `classifier`, …; empty when the config does not say.
+        config: resolved, parsed.
+        config_text: as written.
+        environment: versions, commit, command, start.
+        metrics: rows of deterministic values, one for each logged step.
+        timing: rows of speeds.
+        results: evaluation files with their names, oldest first.
+        pictures: files of `samples/`.
+        notes: what could not be read, one line each; shown on the page.
+    """
+
+    folder: Path
+    name: str
+    colour: int = 0
+    stage: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    config_text: str = ""
+    environment: dict[str, Any] = field(default_factory=dict)
+    metrics: list[Row] = field(default_factory=list)
+    timing: list[Row] = field(default_factory=list)
+    results: list[tuple[str, Result]] = field(default_factory=list)
+    pictures: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def last_step(self) -> int | None:
+        """The newest step with a metric."""
+        return self.metrics[-1]["step"] if self.metrics else None
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read run folders, in the order given.
+
+    Raises:
+        UserError: no folder was given, or one is no run.
+    """
+    if not folders:
+        raise UserError("no run to report on", fix="give one or more run folders")
+    runs = [read_run(folder) for folder in folders]
+    for run, name in zip(runs, _short_names([run.folder for run in runs]), strict=True):
+        run.name = name
+    for stage in {run.stage for run in runs}:
+        for colour, run in enumerate(run for run in runs if run.stage == stage):
+            run.colour = colour
+    return runs
+
+
+def read_run(folder: Path) -> Run:
+    """Read one run folder.
+
+    Raises:
+        UserError: it is no run.
+    """
+    folder = Path(folder)
+    if not any((folder / mark).exists() for mark in MARKS):
+        raise UserError("is no run folder", where=folder, fix="give a folder that holds config.yaml or metrics.jsonl")
+    run = Run(folder, folder.name)
+    _read_config(run)
+    _read_environment(run)
+    run.metrics, run.timing = _read_rows(run, METRICS), _read_rows(run, TIMING)
+    for path in sorted(folder.glob("evaluation/*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name)):
+        try:
+            run.results.append((path.stem, Result.load(path)))
+        except UserError as error:
+            run.notes.append(f"evaluation/{path.name} left out: {error.what}")
+    run.pictures = sorted(folder.glob("samples/*.png"))
+    return run
+
+
+def _short_names(folders: Sequence[Path]) -> list[str]:
+    parts = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError("the same run is given twice", where=folders[0], fix="give each run once")
+
+
+def _read_config(run: Run) -> None:
+    path = run.folder / CONFIG
+    if not path.exists():
+        return
+    try:
+        run.config_text = path.read_text()
+        content = OmegaConf.to_container(OmegaConf.create(run.config_text))
+    except Exception as error:  # yaml and omegaconf raise unrelated families
+        run.notes.append(f"{CONFIG} is shown as text: {str(error).splitlines()[0]}")
+        return
+    if isinstance(content, dict):
+        run.config = {str(key): value for key, value in content.items()}
+        run.stage = str(run.config.get("stage") or "")
+
+
+def _read_environment(run: Run) -> None:
+    path = run.folder / ENVIRONMENT
+    if not path.exists():
+        return
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        run.notes.append(f"{ENVIRONMENT} left out: not JSON")
+        return
+    run.environment = content if isinstance(content, dict) else {}
+
+
+def _read_rows(run: Run, name: str) -> list[Row]:
+    """Rows by step, the newest line of a step winning: a resumed run may write the steps after its checkpoint again."""
+    path = run.folder / name
+    if not path.exists():
+        return []
+    rows: dict[int, Row] = {}
+    broken = 0
+    for line in path.read_text(errors="replace").splitlines():
+        row = _parse(line)
+        if row is None:
+            broken += bool(line.strip())
+            continue
+        rows[row["step"]] = {**rows.get(row["step"], {}), **row}
+    if broken:
+        run.notes.append(f"{broken} unreadable line{'s' if broken > 1 else ''} of {name} left out")
+    return [rows[step] for step in sorted(rows)]
+
+
+def _parse(line: str) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; lists stay whole."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
+    return flat
