@@ -44,7 +44,8 @@ class LlamaGenVQ(Family):
 
     def recognise(self, shapes: Shapes) -> bool:
         """By the block names, the codebook, and the absence of GigaTok's transformers."""
-        needed = {"encoder.conv_blocks.0.res.0.conv1.weight", "decoder.conv_in.weight", "quantize.embedding.weight"}
+        needed = {f"{half}.{name}.weight" for half in ("encoder", "decoder") for name in ("conv_in", "conv_out")}
+        needed |= {"encoder.conv_blocks.0.res.0.conv1.weight", "quantize.embedding.weight"}
         foreign = ("s2to1encoder.", "s2dencoder.", "decoder.adaptive.")
         return needed <= set(shapes) and len(shapes.get("quant_conv.weight", ())) == 4 and not _any_starts(shapes, foreign)
 
@@ -75,8 +76,9 @@ class LlamaGenVQ(Family):
         merged = {name: value for name, value in state.items() if name != _USED}
         for stem in [name.removesuffix("q.weight") for name in state if name.endswith(".q.weight")]:
             for kind in ("weight", "bias"):
-                parts = [merged.pop(f"{stem}{letter}.{kind}") for letter in "qkv"]
-                merged[f"{stem}qkv.{kind}"] = torch.cat(parts)
+                parts = [f"{stem}{letter}.{kind}" for letter in "qkv"]
+                if all(part in merged for part in parts):  # else the strict load names what is missing
+                    merged[f"{stem}qkv.{kind}"] = torch.cat([merged.pop(part) for part in parts])
         ours = {_rename(name, _RENAMES): value for name, value in merged.items()}
         ours[_UNUSED] = torch.zeros(state["quantize.embedding.weight"].shape[0], dtype=torch.int64)
         return ours, [name for name in state if name == _USED]
@@ -115,18 +117,19 @@ def _rename(name: str, table: Sequence[tuple[str, str]]) -> str:
 
 def _read_half(shapes: Shapes, half: str, width: int) -> dict[str, Any]:
     """Constructor arguments of our encoder or decoder from the shapes of theirs."""
-    counts: dict[int, int] = {}
-    for name in shapes:
+    widths: dict[int, int] = {}
+    blocks = 0
+    for name, shape in shapes.items():
         if found := re.match(rf"{half}\.conv_blocks\.(\d+)\.res\.(\d+)\.conv1\.weight", name):
-            level, block = int(found[1]), int(found[2])
-            counts[level] = max(counts.get(level, 0), block + 1)
-    widths = [shapes[f"{half}.conv_blocks.{level}.res.0.conv1.weight"][0] for level in sorted(counts)]
-    multipliers = [value // width for value in (widths if half == "encoder" else widths[::-1])]
+            widths[int(found[1])] = shape[0]
+            blocks = max(blocks, int(found[2]) + 1)
+    finest_first = sorted(widths, reverse=half == "decoder")
+    multipliers = [widths[level] // width for level in finest_first]
     z_channels = shapes["encoder.conv_out.weight"][0] if half == "encoder" else shapes["decoder.conv_in.weight"][1]
     return {
         "width": width,
         "multipliers": multipliers,
-        "blocks": max(counts.values()),
+        "blocks": blocks,
         "z_channels": z_channels,
         "attention": _any_starts(shapes, (f"{half}.mid.1.q.",)),
     }
