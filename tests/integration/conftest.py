@@ -1,0 +1,27 @@
+"""Real processes: a prepared data set, and commands started by a parent that has imported everything once."""
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+from processes import Command
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    """Prepared shards of the handwritten digits at 16 pixels."""
+    from tokar.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    prepare("digits", folder, size=16)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+    """`start(folder, "train", "tokenizer", …)` → a running `Command` with `folder` as its working directory."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tokar.train.run", "tokar.train.encode", "tokar.cli", "torch._dynamo"])
+    logs = tmp_path_factory.mktemp("logs")
+    count = iter(range(10_000))
+    return lambda folder, *arguments: Command(server, list(arguments), logs / f"{next(count)}.log", folder)

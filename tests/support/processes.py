@@ -1,0 +1,56 @@
+"""Commands in processes of their own, forked from one that has imported everything once."""
+
+import multiprocessing.context
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+def _main(arguments: list[str], log: str, folder: str) -> None:
+    os.chdir(folder)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.argv = ["tokar", *arguments]
+    from tokar.cli import main
+
+    code = main(arguments)
+    sys.stdout.flush()
+    os._exit(code or 0)
+
+
+class Command:
+    """A tokar command in a process of its own, forked from one that has the imports: a start costs little."""
+
+    def __init__(self, server: multiprocessing.context.ForkServerContext, arguments: list[str], log: Path, folder: Path) -> None:
+        self.log = log
+        self.process = server.Process(target=_main, args=(arguments, str(log), str(folder)))
+        self.process.start()
+
+    def kill(self) -> None:
+        """SIGKILL: nothing can be cleaned up."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.join()
+
+    def wait(self, timeout: float = 300) -> int:
+        """Exit code; fails with the output when it takes too long."""
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.kill()
+            pytest.fail(f"no end after {timeout} s:\n{self.log.read_text()}")
+        assert self.process.exitcode is not None
+        return self.process.exitcode
+
+    def kill_when(self, condition, timeout: float = 60) -> bool:
+        """SIGKILL at the first moment that `condition` holds; false when the process ended before."""
+        end = time.monotonic() + timeout
+        while time.monotonic() < end and self.process.is_alive():
+            if condition():
+                self.kill()
+                return True
+        return False

@@ -1,0 +1,38 @@
+import torch
+
+from tokar.train.randomness import sample_uniform, seed_step
+
+
+def test_a_step_draws_the_same_numbers_whenever_it_is_reached():
+    seed_step(3, 17, 0)
+    first = torch.rand(4)
+    torch.rand(100)
+    seed_step(3, 17, 0)
+    assert torch.equal(torch.rand(4), first)
+
+
+def test_steps_ranks_and_seeds_draw_different_numbers():
+    drawn = set()
+    for seed, step, rank in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1)]:
+        seed_step(seed, step, rank)
+        drawn.add(float(torch.rand(())))
+    assert len(drawn) == 6
+
+
+def test_a_samples_number_does_not_depend_on_its_batch():
+    index, epoch = torch.arange(1000), torch.full((1000,), 5)
+    whole = sample_uniform(7, epoch, index, salt=1)
+    parts = torch.cat([sample_uniform(7, epoch[a:b], index[a:b], salt=1) for a, b in ((0, 300), (300, 1000))])
+    assert torch.equal(whole, parts)
+
+
+def test_sample_numbers_are_uniform_and_change_with_everything():
+    index, epoch = torch.arange(20000), torch.zeros(20000, dtype=torch.long)
+    base = sample_uniform(0, epoch, index, salt=1)
+    assert base.min() >= 0
+    assert base.max() < 1
+    assert torch.allclose(torch.histc(base, 10, 0, 1) / 20000, torch.full((10,), 0.1), atol=0.01)
+    others = [sample_uniform(1, epoch, index, 1), sample_uniform(0, epoch + 1, index, 1), sample_uniform(0, epoch, index, 2)]
+    for other in others:
+        correlation = torch.corrcoef(torch.stack([base, other]))[0, 1]
+        assert abs(correlation) < 0.03
