@@ -111,11 +111,9 @@ class Context:
     cache: KVCache | None = None
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, context: Context, dropout: float = 0.0) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
     """Softmax attention of `[B, H, L, D]` over `[B, H, S, D]`: the only place that calls a kernel."""
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=context.mask, dropout_p=dropout, is_causal=context.causal
-    )
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=context.mask, is_causal=context.causal)
 
 
 class Attention(nn.Module):

@@ -64,7 +64,7 @@ class LlamaGenGPT(Family):
             "dim": dim,
             "layers": layers,
             "heads": _heads(shapes, config, dim, layers),
-            "multiple_of": _multiple_of(config, dim, shapes["layers.0.feed_forward.w1.weight"][0]),
+            "multiple_of": _multiple_of(config, dim, shapes),
             "token_dropout": config.get("token_dropout_p", 0.1),
             "resid_dropout": config.get("resid_dropout_p", 0.1),
             "ffn_dropout": config.get("ffn_dropout_p", 0.1),
@@ -157,8 +157,12 @@ def _heads(shapes: Shapes, config: Mapping[str, Any], dim: int, layers: int) -> 
     return heads
 
 
-def _multiple_of(config: Mapping[str, Any], dim: int, hidden: int) -> int:
+def _multiple_of(config: Mapping[str, Any], dim: int, shapes: Shapes) -> int:
     """The largest rounding that gives the hidden width in the weights."""
+    gate = f"layers.0.{_GATE}"
+    if gate not in shapes:
+        raise UserError(f"missing {gate}", fix="the file is incomplete: copy it again")
+    hidden = shapes[gate][0]
     candidates = [int(config["multiple_of"])] if "multiple_of" in config else list(_MULTIPLES)
     for candidate in candidates:
         if swiglu_hidden(dim, candidate) == hidden:

@@ -6,6 +6,7 @@ Slot 0 holds the class, slot i the code of token i-1; slot i predicts token i.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -42,14 +43,14 @@ class DecodeState:
         cache: its rows in use.
         condition: `[B]` of the rows in use.
         codes: `[B, N]` committed so far.
-        step: the compiled step, or `None`.
+        compiled: run the repeated step through `torch.compile`.
     """
 
     memory: KVCache
     cache: KVCache
     condition: Tensor
     codes: Tensor
-    step: Callable[[Tensor, Tensor, KVCache], Tensor] | None = None
+    compiled: bool = False
 
 
 class NextToken(Generator):
@@ -110,7 +111,6 @@ class NextToken(Generator):
         init_normal(self)
         nn.init.zeros_(self.head.weight)
         self._ropes: dict[torch.device, Tensor] = {}
-        self._compiled: Callable[[Tensor, Tensor, KVCache], Tensor] | None = None
 
     def logits(self, codes: Tensor, condition: Tensor) -> Tensor:
         """Teacher-forced logits `[B, N, V]` of codes `[B, N]` given conditions `[B]`."""
@@ -126,6 +126,7 @@ class NextToken(Generator):
         """Logits `[B, 1, V]` of `unit` by a full pass over the slots up to it."""
         return self.head(self._hidden(codes, condition, unit + 1)[:, -1:])
 
+    @torch.no_grad()
     def begin(self, condition: Tensor, *, capacity: int | None = None, compile: bool = False) -> DecodeState:
         """Allocate the cache for `capacity` rows; nothing is computed yet."""
         rows, device = condition.shape[0], condition.device
@@ -136,25 +137,28 @@ class NextToken(Generator):
             config.layers, capacity or rows, config.heads, self.plan.n_slots, config.head_dim, device=device, dtype=dtype
         )
         codes = condition.new_zeros(rows, self.plan.n_tokens)
-        return DecodeState(memory, memory.rows(0, rows), condition, codes, self._compiled_step() if compile else None)
+        return DecodeState(memory, memory.rows(0, rows), condition, codes, compile)
 
+    @torch.no_grad()
     def propose(self, state: DecodeState, unit: int) -> Tensor:
         """Logits `[B, 1, V]` of token `unit`."""
         if unit == 0:
             x = self.classes(state.condition)[:, None]
-        elif state.step is not None:
+        elif state.compiled:
             position = torch.tensor([unit], device=state.codes.device)
-            return state.step(state.codes[:, unit - 1 : unit], position, state.cache)
+            return _compiled_step()(self, state.codes[:, unit - 1 : unit], position, state.cache)
         else:
             x = self.tokens(state.codes[:, unit - 1 : unit])
         rope = self._rope(x.device)[:, unit : unit + 1]
         return self.head(self.transformer(x, Context(rope, cache=state.cache)))
 
+    @torch.no_grad()
     def commit(self, state: DecodeState, unit: int, values: Tensor) -> None:
         """Fix token `unit` to `values [B, 1]`."""
         state.codes[:, unit : unit + 1] = values
         state.cache.length = unit + 1
 
+    @torch.no_grad()
     def join(self, state: DecodeState, condition: Tensor, codes: Tensor, unit: int) -> None:
         """Add rows with the first `unit` tokens of `codes` behind them, in one pass."""
         start = state.condition.shape[0]
@@ -167,6 +171,7 @@ class NextToken(Generator):
         state.codes = torch.cat((state.codes, codes))
         self._use_rows(state, stop)
 
+    @torch.no_grad()
     def keep(self, state: DecodeState, rows: int) -> None:
         """Forget all but the first `rows` rows."""
         state.condition, state.codes = state.condition[:rows], state.codes[:rows].clone()
@@ -193,16 +198,17 @@ class NextToken(Generator):
     def _step(self, previous: Tensor, position: Tensor, cache: KVCache) -> Tensor:
         """The repeated step with shapes that never change: logits `[B, 1, V]` after the codes `previous [B, 1]`."""
         rope = self._rope(previous.device)[:, position]
-        seen = torch.arange(self.plan.n_slots, device=position.device) <= position
+        seen = torch.arange(self.plan.n_slots, device=position.device)[None] <= position
         cache.position = position
         logits = self.head(self.transformer(self.tokens(previous), Context(rope, mask=seen, cache=cache)))
         cache.position = None
         return logits
 
-    def _compiled_step(self) -> Callable[[Tensor, Tensor, KVCache], Tensor]:
-        if self._compiled is None:
-            self._compiled = torch.compile(self._step, dynamic=False)
-        return self._compiled
+
+@functools.cache
+def _compiled_step() -> Callable[[NextToken, Tensor, Tensor, KVCache], Tensor]:
+    # Of the class, not of one model: a copy of a model would else carry a step that is bound to the weights of the first.
+    return torch.compile(NextToken._step, dynamic=False)
 
 
 def _make_plan(grid: tuple[int, int] | None, n_tokens: int | None) -> Plan:

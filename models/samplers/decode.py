@@ -134,6 +134,10 @@ def sample(
     choices = _choices(plan, guidance, temperature, top_k, top_p, greedy)
     ids = range(len(condition)) if sample_ids is None else sample_ids.tolist()
     _check_request(generator, condition, seed, ids, given)
+    if max_batch is not None and max_batch < 1:
+        raise UserError(f"{max_batch}", where="max_batch", fix="draw at least one sample at once")
+    if not ids:
+        return condition.new_zeros(0, plan.n_tokens, dtype=torch.int64)
     draws = uniforms(seed, ids, plan.n_tokens, condition.device)
 
     def run(rows: slice) -> Tensor:
@@ -153,10 +157,9 @@ def sample(
     training = generator.training
     generator.eval()
     try:
-        codes = _in_chunks(len(condition), max_batch or max(len(condition), 1), run)
+        return torch.cat(_in_chunks(len(condition), max_batch or len(condition), run))
     finally:
         generator.train(training)
-    return torch.cat([condition.new_zeros(0, plan.n_tokens, dtype=torch.int64), *codes])
 
 
 def _reveal(decoder: Decoder, plan: Plan, unit: int, choices: Choices, draws: Tensor, given: Tensor | None) -> Tensor:

@@ -1,0 +1,152 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokar.models.generators.base import Generator
+from tokar.models.generators.next_token import SIZES, NextToken
+from tokar.models.samplers.decode import sample
+
+GRID, TOKENS, VOCAB = (3, 4), 12, 20
+
+
+def make(**changes: object) -> NextToken:
+    torch.manual_seed(0)
+    arguments = {"grid": GRID, "dim": 32, "layers": 2, "heads": 2, "multiple_of": 16, **changes}
+    generator = NextToken(VOCAB, 5, **arguments)
+    torch.nn.init.normal_(generator.head.weight)
+    return generator.eval()
+
+
+GENERATOR = make()
+
+
+@pytest.mark.parametrize("where", [{}, {"grid": None, "n_tokens": TOKENS}], ids=["2-D", "1-D"])
+def test_steps_with_a_cache_give_the_full_pass(where: dict[str, object]) -> None:
+    generator = make(**where)
+    codes, condition = torch.randint(VOCAB, (3, TOKENS)), torch.tensor([0, 5, 2])
+    full = generator.logits(codes, condition)
+    state = generator.begin(condition)
+    for unit in range(TOKENS):
+        stepped = generator.propose(state, unit)
+        torch.testing.assert_close(stepped[:, 0], full[:, unit], atol=1e-5, rtol=0)
+        for recompute in (NextToken.recompute, Generator.recompute):
+            torch.testing.assert_close(recompute(generator, codes, condition, unit), stepped, atol=1e-5, rtol=0)
+        generator.commit(state, unit, codes[:, unit : unit + 1])
+
+
+def test_a_unit_proposed_twice_changes_nothing() -> None:
+    state = GENERATOR.begin(torch.tensor([1]))
+    for unit in range(3):
+        once = GENERATOR.propose(state, unit)
+        assert torch.equal(GENERATOR.propose(state, unit), once)
+        GENERATOR.commit(state, unit, torch.tensor([[unit]]))
+
+
+@torch.no_grad()
+def test_fixed_shape_steps_equal_the_others() -> None:
+    """The step that torch.compile gets, run uncompiled."""
+    codes, condition = torch.randint(VOCAB, (2, TOKENS)), torch.tensor([0, 3])
+    state = GENERATOR.begin(condition)
+    GENERATOR.propose(state, 0)
+    full = GENERATOR.logits(codes, condition)
+    for unit in range(1, TOKENS):
+        logits = GENERATOR._step(codes[:, unit - 1 : unit], torch.tensor([unit]), state.cache)
+        torch.testing.assert_close(logits[:, 0], full[:, unit], atol=1e-5, rtol=0)
+
+
+def test_rows_that_join_late_are_as_if_there_from_the_start() -> None:
+    codes = torch.randint(VOCAB, (2, TOKENS))
+    for late in (0, 1, 7):
+        state = GENERATOR.begin(torch.tensor([1]), capacity=2)
+        for unit in range(late):
+            GENERATOR.propose(state, unit)
+            GENERATOR.commit(state, unit, codes[:1, unit : unit + 1])
+        GENERATOR.join(state, torch.tensor([4]), codes[1:], late)
+        expected = GENERATOR.recompute(codes, torch.tensor([1, 4]), late)
+        torch.testing.assert_close(GENERATOR.propose(state, late), expected, atol=1e-5, rtol=0)
+        GENERATOR.keep(state, 1)
+        torch.testing.assert_close(GENERATOR.propose(state, late), expected[:1], atol=1e-5, rtol=0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(position=st.integers(0, TOKENS - 1), value=st.integers(0, VOCAB - 1), seed=st.integers(0, 1000))
+def test_no_leak(position: int, value: int, seed: int) -> None:
+    """A changed code moves no logit of itself or of an earlier code, and moves every later one."""
+    codes = torch.randint(VOCAB, (1, TOKENS), generator=torch.Generator().manual_seed(seed))
+    changed = codes.clone()
+    changed[0, position] = value
+    with torch.no_grad():
+        before, after = (GENERATOR.logits(sequence, torch.tensor([2])) for sequence in (codes, changed))
+    assert torch.equal(before[:, : position + 1], after[:, : position + 1])
+    if value != codes[0, position] and position + 1 < TOKENS:
+        assert (before[:, position + 1 :] != after[:, position + 1 :]).any(dim=-1).all()
+
+
+def test_the_class_matters_to_every_token() -> None:
+    codes = torch.randint(VOCAB, (1, TOKENS))
+    one, other = (GENERATOR.logits(codes, torch.tensor([label])) for label in (0, GENERATOR.null_class))
+    assert (one != other).any(dim=-1).all()
+
+
+def test_loss_is_the_mean_cross_entropy() -> None:
+    codes, condition = torch.randint(VOCAB, (3, TOKENS)), torch.tensor([0, 1, 2])
+    logits = GENERATOR.logits(codes, condition)
+    expected = torch.stack([F.cross_entropy(logits[:, token], codes[:, token]) for token in range(TOKENS)]).mean()
+    torch.testing.assert_close(GENERATOR(codes, condition)["loss"], expected)
+    assert torch.equal(GENERATOR(codes.int(), condition)["loss"], GENERATOR(codes, condition)["loss"])
+
+
+def test_a_fresh_model_predicts_uniformly() -> None:
+    torch.manual_seed(0)
+    generator = NextToken(VOCAB, 5, grid=GRID, dim=64, layers=1, heads=2)
+    loss = generator(torch.randint(VOCAB, (2, TOKENS)), torch.tensor([0, 1]))["loss"]
+    torch.testing.assert_close(loss, torch.tensor(float(VOCAB)).log())
+    for name in ("tokens", "classes"):
+        assert abs(getattr(generator, name).weight.std().item() - 0.02) < 0.003
+
+
+def test_dropout_only_while_training() -> None:
+    generator, codes, condition = make(), torch.randint(VOCAB, (2, TOKENS)), torch.tensor([0, 1])
+    assert torch.equal(generator.logits(codes, condition), generator.logits(codes, condition))
+    generator.train()
+    assert not torch.equal(generator.logits(codes, condition), generator.logits(codes, condition))
+
+
+def test_training_after_sampling() -> None:
+    """Tables born while sampling must not be inference tensors: autograd refuses those."""
+    generator = make()
+    sample(generator, torch.tensor([0]), seed=0)
+    generator.train()
+    generator(torch.randint(VOCAB, (2, TOKENS)), torch.tensor([0, 1]))["loss"].backward()
+    assert all(parameter.grad is not None for parameter in generator.parameters())
+
+
+def test_state_holds_parameters_only() -> None:
+    assert set(GENERATOR.state_dict()) == {name for name, _ in GENERATOR.named_parameters()}
+    assert torch.equal(copy.deepcopy(GENERATOR).head.weight, GENERATOR.head.weight)
+
+
+@pytest.mark.parametrize(("size", "millions"), [("B", 110.9), ("L", 342.9), ("XL", 774.7), ("XXL", 1411), ("3B", 3096.7)])
+def test_published_sizes(size: str, millions: float) -> None:
+    dim, layers, heads = SIZES[size]
+    with torch.device("meta"):
+        generator = NextToken(16384, 1000, grid=(16, 16), dim=dim, layers=layers, heads=heads)
+    count = sum(parameter.numel() for parameter in generator.parameters()) / 1e6
+    assert count == pytest.approx(millions, abs=0.5 if millions == 1411 else 0.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_tokens": 12}, "exactly one of grid"),
+        ({"grid": None}, "exactly one of grid"),
+        ({"heads": 3}, "3 heads do not divide the width 32"),
+        ({"dim": 12}, "a head is 6 wide; 2-D rotary positions need a multiple of 4"),
+    ],
+)
+def test_arguments_that_cannot_work(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
