@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,7 +61,8 @@ def _completion(arguments: Arguments) -> int:
 
 def positional(key: str, path: str) -> str:
     """A path given by position as the override of its key, quoted for Hydra's grammar."""
-    escaped = path.replace("\\", "\\\\").replace("'", "\\'")
+    # a backslash means itself there, except before a quote
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), path)
     return f"{key}='{escaped}'"
 
 
@@ -203,7 +205,7 @@ def argument(*names: str, **settings: Any) -> Argument:
     return names, settings
 
 
-OVERRIDES = argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the config, or GROUP=OPTION")
+OVERRIDES = argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="changes to the config, or GROUP=OPTION")
 MULTIRUN = argument("-m", "--multirun", action="store_true", help="run every combination of comma-separated values")
 OBJECTIVE = argument("--objective", metavar="METRIC", help="with --multirun: the metric that a sweeper minimises")
 TRAINING = (OVERRIDES, MULTIRUN, OBJECTIVE)

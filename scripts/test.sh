@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Runs the tests, after making the environment: bash scripts/test.sh [pytest arguments]
+set -euo pipefail
+cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/setup.sh
+setup
+
+if ! command -v chromium >/dev/null && ! command -v chromium-browser >/dev/null && ! command -v google-chrome >/dev/null; then
+    say "installing chromium"
+    apt_install chromium || say "no chromium: the test that opens the report in a browser is skipped"
+fi
+
+# One thread for each worker: more only wait for one another.
+export OMP_NUM_THREADS=1
+exec .venv/bin/python -m pytest -n "$(nproc)" --dist=loadfile "$@"
