@@ -53,8 +53,8 @@ class LlamaGenGPT(Family):
         vocab_size, dim = shapes["tok_embeddings.weight"]
         layers = 1 + max(int(found[1]) for name in shapes if (found := _LAYER.fullmatch(name)))
         num_classes = shapes["cls_embedding.embedding_table.weight"][0] - 1
-        found = {"vocab_size": vocab_size, "dim": dim, "n_layer": layers, "num_classes": num_classes}
-        _check_against(config, {**found, **_FIXED})
+        sizes = {"vocab_size": vocab_size, "dim": dim, "n_layer": layers, "num_classes": num_classes}
+        _check_against(config, {**sizes, **_FIXED})
         side = _side(shapes, config)
         return {
             "_target_": "tokar.models.generators.next_token.NextToken",
