@@ -11,17 +11,23 @@ LABELS = {
     "fd_dinov2": "FD-DINOv2",
     "fd_classifier": "FD, classifier",
     "lr": "learning rate",
+    "lr_factor": "learning rate factor",
+    "memory_mib": "memory, MiB",
+    "codes/usage": "codebook usage",
+    "codes/perplexity": "codebook perplexity",
     "images_per_s": "images / s",
     "step_ms": "step, ms",
     "data_wait": "data wait",
 }
 LOWER = ("fd_", "lpips", "mse", "loss", "error", "data_wait", "step_ms")
+TELLING = ("psnr", "accuracy", "fd_", "ssim", "usage", "loss")
 HIGHER = ("psnr", "ssim", "accuracy", "usage", "perplexity", "images_per_s")
 
 
 def label(key: str) -> str:
     """A metric's name for people: the last part of its key, spelled out where it is a known abbreviation."""
-    *scope, name = key.removeprefix("optim/").split("/")
+    key = key.removeprefix("optim/")
+    *scope, name = [key] if key in LABELS else key.split("/")
     words = LABELS.get(name, name.replace("_", " "))
     words = f"{' '.join(scope)}: {words}" if scope else words
     return words[:1].upper() + words[1:]
@@ -33,3 +39,8 @@ def better(key: str) -> str:
     if any(part in name for part in HIGHER):
         return "↑"
     return "↓" if any(part in name for part in LOWER) else ""
+
+
+def rank(key: str) -> int:
+    """How early a metric belongs among the headlines of a run."""
+    return next((place for place, part in enumerate(TELLING) if part in key), len(TELLING))

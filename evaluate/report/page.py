@@ -12,7 +12,7 @@ from typing import Any
 from ..protocol import versions, write_whole
 from . import curves, pictures, tables
 from .markup import Markup, join, tag
-from .names import label
+from .names import label, rank
 from .runs import Run, read_runs
 
 HEADLINES = 3
@@ -86,15 +86,13 @@ def _card(run: Run) -> Markup:
 
 
 def _headlines(run: Run) -> list[tuple[str, float]]:
-    """The first numbers of the last evaluation, else the last validation metrics."""
-    if run.results:
-        return list(run.results[-1][1].numbers.items())[:HEADLINES]
-    found: dict[str, float] = {}
-    for row in run.metrics:
+    """The most telling numbers of the last evaluation, else of validation."""
+    found: dict[str, float] = dict(run.results[-1][1].numbers) if run.results else {}
+    for row in [] if found else run.metrics:
         found |= {
             key.partition("/")[2]: value for key, value in row.items() if key.startswith("val/") and isinstance(value, float)
         }
-    return list(found.items())[:HEADLINES]
+    return sorted(found.items(), key=lambda item: rank(item[0]))[:HEADLINES]
 
 
 def _curves(runs: Sequence[Run], charts: Sequence[dict[str, Any]]) -> Markup:
@@ -158,7 +156,7 @@ def _images(runs: Sequence[Run]) -> Markup:
 
 def _flipbook(run: Run, name: str, items: Sequence[tuple[str, Path]]) -> Markup:
     """One picture with a slider over the steps; it opens at the last."""
-    shown = []
+    shown: list[dict[str, Any]] = []
     for step, path in items:
         try:
             uri, size = pictures.embed(path)

@@ -59,12 +59,14 @@
   ];
   const colour = (series) => runs[series.run].colour;
 
-  function scales(series, width, height) {
-    const xAll = series.flatMap(xs), yAll = series.flatMap((s) => s.y);
+  // Charts of one stage share their x axis, from the first step to the last, so that they can be read across.
+  const reach = (stage) => Math.max(...charts.filter((c) => c.stage === stage).flatMap(visible).flatMap(xs));
+
+  function scales(series, stage, width, height) {
+    const yAll = series.flatMap((s) => s.y);
     const useLog = state.log && yAll.every((y) => y > 0);
-    let [x0, x1, y0, y1] = [Math.min(...xAll), Math.max(...xAll), Math.min(...yAll), Math.max(...yAll)];
-    if (x0 >= 0 && x0 < 0.2 * x1) x0 = 0;
-    if (x0 === x1) { x0 -= 1; x1 += 1; }
+    const x0 = 0, x1 = reach(stage) || 1;
+    let [y0, y1] = [Math.min(...yAll), Math.max(...yAll)];
     const pad = useLog ? 0 : y1 > y0 ? (y1 - y0) * 0.06 : Math.abs(y1) || 1;
     if (useLog) { y0 /= 1.05; y1 *= 1.05; } else { if (y0 < 0 || y0 - pad >= 0) y0 -= pad; else y0 = Math.min(0, y0); y1 += pad; }
     const yTicks = useLog ? logTicks(y0, y1) : ticks(y0, y1, 4);
@@ -89,7 +91,7 @@
     figure.querySelector(".last").textContent = final.length === 1 ? final[0] : "";
     figure.querySelector("figcaption").after(svg);
     if (!series.length || width <= 0) return;
-    const scale = (figure.scale = scales(series, width, height));
+    const scale = (figure.scale = scales(series, chart.stage, width, height));
     for (const t of scale.yTicks) {
       svgNode("line", { class: "grid", x1: scale.left, x2: scale.right, y1: scale.sy(t), y2: scale.sy(t) }, svg);
       svgNode("text", { x: scale.left - 6, y: scale.sy(t) + 3.5, "text-anchor": "end" }, svg).textContent = short(t);

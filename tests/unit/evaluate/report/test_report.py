@@ -124,6 +124,7 @@ def test_thinning_keeps_spikes_and_ends():
         ("psnr", "PSNR, dB", "↑"),
         ("fd_inception", "FID", "↓"),
         ("optim/lr", "Learning rate", ""),
+        ("codes/usage", "Codebook usage", "↑"),
         ("class_accuracy", "Class accuracy", "↑"),
     ],
 )
