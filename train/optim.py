@@ -47,6 +47,9 @@ def import_state(optimizer: torch.optim.Optimizer, module: nn.Module, state: Map
                 f"optimizer state of an unknown parameter {name}", where=where, fix="resume with the config of that run"
             )
         parameter = parameters[name]
-        # `step` stays on the CPU unless the optimizer is fused on a GPU, where it lives beside the parameter.
-        device = parameter.device if value.ndim or parameter.is_cuda else value.device
-        optimizer.state[parameter][moment] = value.to(device).clone()
+        if value.shape == parameter.shape:
+            # In the parameter's own memory format: a fused optimizer walks both as raw memory.
+            optimizer.state[parameter][moment] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        else:
+            # `step` stays on the CPU unless the optimizer is fused on a GPU, where it lives beside the parameter.
+            optimizer.state[parameter][moment] = value.to(parameter.device if parameter.is_cuda else value.device).clone()

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-KILLS = 10
+KILLS, STEPS = 10, 44
 
 TOKENIZER = [
     "train", "tokenizer", "tokenizer.encoder.width=32", "tokenizer.encoder.multipliers=[1,1]", "tokenizer.encoder.blocks=1",
@@ -31,7 +31,7 @@ def spine(digits, steps):
 def tokenizer_run(start, digits, tmp_path_factory):
     """A finished tokenizer run that was never stopped."""
     runs = tmp_path_factory.mktemp("straight")
-    command = start(runs, *TOKENIZER, *spine(digits, 24))
+    command = start(runs, *TOKENIZER, *spine(digits, STEPS))
     assert command.wait() == 0, command.log.read_text()
     return runs / "run"
 
@@ -54,62 +54,68 @@ def unfinished(run):
     return any((run / "checkpoints").glob(".step-*"))
 
 
+def newest_step(run):
+    """Step of the newest complete checkpoint, 0 without one."""
+    return max((int(path.parent.name[5:]) for path in run.glob("checkpoints/step-*/COMPLETE")), default=0)
+
+
 def interrupted(start, folder, arguments, seed):
-    """Start and kill until `KILLS` kills have hit a living run, some while a checkpoint is being written; then let it end."""
+    """Start and kill, `KILLS` times, then let the run end. Every kill hits a living process, at one of three moments:
+
+    while it starts; within a step, some checkpoints later; while a checkpoint is being written. Returns the steps that
+    the run was resumed from.
+    """
     moments, run = random.Random(seed), folder / "run"
-    kills = torn = attempts = 0
-    while kills < KILLS:
-        attempts += 1
-        assert attempts < 4 * KILLS, "the run ends before it can be killed: make it longer"
+    torn, resumed = 0, set()
+    for kill in range(KILLS):
+        before = newest_step(run)
+        resumed.add(before)
         command = start(folder, *arguments)
-        if kills % 3 == 2:
-            hit = command.kill_when(lambda: unfinished(run))
+        if kill % 5 == 0:
+            time.sleep(moments.uniform(0.0, 1.5))
         else:
-            # from the imports to a few steps in: every part of a start and of a step is hit now and then
-            time.sleep(moments.uniform(0.0, 0.4))
-            begun = time.monotonic() + moments.uniform(0.0, 1.0)
-            hit = command.kill_when(lambda end=begun: time.monotonic() > end)
-        kills += hit
+            goal = before + moments.choice([2, 4])
+            assert command.kill_when(lambda goal=goal: newest_step(run) >= goal and (kill % 2 or unfinished(run)), moments), (
+                command.log.read_text()
+            )
+        command.kill()
         torn += unfinished(run)
-        if not hit:
-            assert command.wait() == 0
-            break
-    assert torn >= 1, "no kill hit a checkpoint being written"
+    assert torn, "no kill hit a checkpoint being written"
     command = start(folder, *arguments)
     assert command.wait() == 0, command.log.read_text()
-    return kills
+    return resumed | {newest_step(run)}
 
 
 @pytest.mark.slow
 def test_tokenizer_with_discriminator(start, digits, tokenizer_run, tmp_path):
-    kills = interrupted(start, tmp_path, [*TOKENIZER, *spine(digits, 24)], seed=0)
-    assert kills == KILLS
+    resumed = interrupted(start, tmp_path, [*TOKENIZER, *spine(digits, STEPS)], seed=0)
+    assert len(resumed) >= 6
     same(tokenizer_run, tmp_path / "run")
 
 
 @pytest.mark.slow
 def test_generator_from_images(start, digits, tokenizer_run, tmp_path):
-    arguments = [*GENERATOR, f"codes.tokenizer={tokenizer_run}", *spine(digits, 40)]
+    arguments = [*GENERATOR, f"codes.tokenizer={tokenizer_run}", *spine(digits, STEPS)]
     for name in ("straight", "killed"):
         (tmp_path / name).mkdir()
     straight = start(tmp_path / "straight", *arguments)
     assert straight.wait() == 0, straight.log.read_text()
-    kills = interrupted(start, tmp_path / "killed", arguments, seed=1)
-    assert kills == KILLS
+    resumed = interrupted(start, tmp_path / "killed", arguments, seed=1)
+    assert len(resumed) >= 6
     same(tmp_path / "straight" / "run", tmp_path / "killed" / "run")
 
 
 def test_a_finished_run_says_so_and_changes_nothing(start, digits, tokenizer_run):
     before = contents(tokenizer_run)
-    command = start(tokenizer_run.parent, *TOKENIZER, *spine(digits, 24))
+    command = start(tokenizer_run.parent, *TOKENIZER, *spine(digits, STEPS))
     assert command.wait() == 0
-    assert "already finished at step 24" in command.log.read_text()
+    assert "already finished at step 44" in command.log.read_text()
     assert contents(tokenizer_run) == before
 
 
 def test_another_config_in_the_same_folder_is_refused(start, digits, tokenizer_run):
     before = contents(tokenizer_run)
-    command = start(tokenizer_run.parent, *TOKENIZER, *spine(digits, 24), "optim.lr=0.5")
+    command = start(tokenizer_run.parent, *TOKENIZER, *spine(digits, STEPS), "optim.lr=0.5")
     assert command.wait() == 2
     assert "optim.lr: 0.0001 → 0.5" in command.log.read_text()
     assert contents(tokenizer_run) == before
@@ -119,7 +125,7 @@ def test_a_signal_stops_at_a_step_boundary_and_the_run_goes_on(start, digits, to
     import os
     import signal
 
-    arguments = [*TOKENIZER, *spine(digits, 24)]
+    arguments = [*TOKENIZER, *spine(digits, STEPS)]
     command = start(tmp_path, *arguments)
     while not any((tmp_path / "run").glob("checkpoints/step-*")):
         assert command.process.is_alive(), command.log.read_text()

@@ -2,9 +2,11 @@
 
 import multiprocessing.context
 import os
+import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,9 @@ def _main(arguments: list[str], log: str, folder: str) -> None:
 class Command:
     """A tokar command in a process of its own, forked from one that has the imports: a start costs little."""
 
-    def __init__(self, server: multiprocessing.context.ForkServerContext, arguments: list[str], log: Path, folder: Path) -> None:
+    def __init__(
+        self, server: multiprocessing.context.ForkServerContext, arguments: list[str], log: Path, folder: Path
+    ) -> None:
         self.log = log
         self.process = server.Process(target=_main, args=(arguments, str(log), str(folder)))
         self.process.start()
@@ -34,7 +38,8 @@ class Command:
     def kill(self) -> None:
         """SIGKILL: nothing can be cleaned up."""
         assert self.process.pid is not None
-        os.kill(self.process.pid, signal.SIGKILL)
+        if self.process.is_alive():
+            os.kill(self.process.pid, signal.SIGKILL)
         self.process.join()
 
     def wait(self, timeout: float = 300) -> int:
@@ -46,11 +51,12 @@ class Command:
         assert self.process.exitcode is not None
         return self.process.exitcode
 
-    def kill_when(self, condition, timeout: float = 60) -> bool:
-        """SIGKILL at the first moment that `condition` holds; false when the process ended before."""
-        end = time.monotonic() + timeout
-        while time.monotonic() < end and self.process.is_alive():
+    def kill_when(self, condition: Callable[[], bool], moments: random.Random) -> bool:
+        """SIGKILL up to a tenth of a second after `condition` holds; false when the process ended before."""
+        while self.process.is_alive():
             if condition():
+                time.sleep(moments.choice([0.0, moments.uniform(0.0, 0.1)]))
+                alive = self.process.is_alive()
                 self.kill()
-                return True
+                return alive
         return False
