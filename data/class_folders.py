@@ -25,7 +25,7 @@ class ClassFolders(Source):
     """
 
     def __init__(self, spec: str, names: Iterable[str], folders: Iterable[str], split: str) -> None:
-        names, folders = sorted(names), set(folders)
+        wrapper, names, folders = unwrap(names, folders)
         tops = top_folders(names, folders)
         splits = split_folders(tops, split)
         if splits and split not in splits:
@@ -37,11 +37,14 @@ class ClassFolders(Source):
             raise UserError("no class folders", where=spec, fix="put the images of each class in a folder of its own")
         super().__init__(spec, sorted(found), by_class=True)
         root = f"{split}/" if splits else ""
-        labels = {name: label for label, name in enumerate(self.classes)}
         inside = [name for name in names if name.startswith(root)]
         # documents beside the class folders are not images; images there are, and lack a label
-        self._files = [name for name in inside if "/" in name[len(root) :] or _extension(name) in IMAGE_EXTENSIONS]
-        self._root, self._labels = len(root), labels
+        files = [name for name in inside if "/" in name[len(root) :] or _extension(name) in IMAGE_EXTENSIONS]
+        self._files, self._root = [wrapper + name for name in files], len(wrapper + root)
+        self._labels = {name: label for label, name in enumerate(self.classes)}
+        if len(self.classes) == 1 and not splits and tops[self.classes[0]] and not any(name.count("/") == 1 for name in names):
+            what = f"all images lie deeper, in folders inside {self.classes[0]!r}: one class, or a wrapper around the classes?"
+            raise UserError(what, where=spec, fix="put the class folders at the top")
 
     def __len__(self) -> int:
         return len(self._files)
@@ -96,9 +99,21 @@ class ZipSource(ClassFolders):
             raise BadImageError(f"the zip member cannot be read ({error})") from error
 
 
+def unwrap(names: Iterable[str], folders: Iterable[str]) -> tuple[str, list[str], list[str]]:
+    """Take off one folder that only wraps split folders, as archives often have: its prefix, and the sorted names inside."""
+    names, folders = sorted(names), sorted(set(folders))
+    tops = {folder.split("/", 1)[0] for folder in folders}
+    inner = {folder.split("/")[1] for folder in folders if "/" in folder}
+    if len(tops) != 1 or not tops.isdisjoint(SPLIT_NAMES) or not inner or not inner <= SPLIT_NAMES:
+        return "", names, folders
+    prefix = f"{tops.pop()}/"
+    return prefix, *([name[len(prefix) :] for name in part if name.startswith(prefix)] for part in (names, folders))
+
+
 def walk(path: Path) -> tuple[list[str], list[str]]:
     """Relative names of all files and folders below a folder, hidden ones left out; links are followed."""
-    names, folders = [], []
+    names: list[str] = []
+    folders: list[str] = []
     for folder, children, files in os.walk(path, followlinks=True):
         children[:] = sorted(child for child in children if not child.startswith("."))
         relative = os.path.relpath(folder, path).replace(os.sep, "/")

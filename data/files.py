@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +68,32 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def alone_in(folder: Path, patience: float = 10.0) -> Iterator[None]:
+    """Hold the lock of a folder; forked workers hold it too, so that those of a killed process are waited for.
+
+    Args:
+        folder: an existing folder.
+        patience: seconds to wait for it.
+
+    Raises:
+        UserError: another process keeps it.
+    """
+    descriptor, deadline = os.open(folder, os.O_RDONLY), time.monotonic() + patience
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise UserError("another process is writing here", where=folder, fix="wait until it ends") from error
+                time.sleep(0.05)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files that an interrupted process left."""
     for path in folder.glob(".*.tmp"):
@@ -79,7 +107,9 @@ class HashingFile:
         self.file, self.digest, self.length = file, hashlib.sha256(), 0
 
     def write(self, data: bytes) -> int:
-        """Write, digest, count."""
+        """Write, digest, count; after a failure, when the file is closed, do nothing."""
+        if self.file.closed:  # tarfile flushes an abandoned stream while it is garbage-collected
+            return len(data)
         self.digest.update(data)
         self.length += len(data)
         return self.file.write(data)

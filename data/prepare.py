@@ -22,7 +22,7 @@ import numpy as np
 
 from ..errors import UserError
 from .check import inspect, verify
-from .files import digest_of, make_folder, os_errors, read_json, remove_leftovers, whole_file, write_json
+from .files import alone_in, digest_of, make_folder, os_errors, read_json, remove_leftovers, whole_file, write_json
 from .index import ShardIndex, index_path
 from .progress import Report, progress_bar
 from .randoms import permutation
@@ -124,12 +124,13 @@ def _plan(
 
 def _run(job: Job, workers: int, progress: Report | None, split: str) -> dict[str, Any]:
     make_folder(job.folder)
-    _check_settings(job)
-    remove_leftovers(job.folder)
-    write_json(job.folder / SETTINGS_NAME, asdict(job.settings))
-    with progress_bar(progress, job.settings.items, f"prepare {split}") as advance:
-        kept = _serial(job, advance) if workers == 0 else _parallel(job, workers, advance)
-    return {**_finish(job), "kept": kept}
+    with alone_in(job.folder):
+        _check_settings(job)
+        remove_leftovers(job.folder)
+        write_json(job.folder / SETTINGS_NAME, asdict(job.settings))
+        with progress_bar(progress, job.settings.items, f"prepare {split}") as advance:
+            kept = _serial(job, advance) if workers == 0 else _parallel(job, workers, advance)
+        return {**_finish(job), "kept": kept}
 
 
 def _check_settings(job: Job) -> None:

@@ -39,11 +39,11 @@ def names_tars(spec: str) -> bool:
 
 def expand(spec: str) -> list[str]:
     """Brace patterns (`x-{000..009}.tar`, `{a,b}.tar`, joined with `::`) as webdataset expands them."""
-    from braceexpand import UnbalancedBracesError, braceexpand
+    from braceexpand import braceexpand
 
     try:
         return [url for part in spec.split("::") for url in braceexpand(part)]
-    except UnbalancedBracesError as error:
+    except ValueError as error:
         raise UserError("unbalanced braces", where=spec, fix="write a pattern such as x-{000..009}.tar") from error
 
 

@@ -227,7 +227,8 @@ class AsTheyAre:
     """
 
     def __init__(self, size: tuple[int, int]) -> None:
-        self.shape, self.draws, self.direct = (*size, 3), 0, True
+        self.shape: tuple[int, ...] = (*size, 3)
+        self.draws, self.direct = 0, True
 
     def crop(self, pixels: np.ndarray, random: np.ndarray) -> np.ndarray:
         """The pixels themselves, if they have the size."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError, nearest
-from .class_folders import FolderSource, ZipSource, split_folders, top_folders, walk, zip_names
+from .class_folders import FolderSource, ZipSource, split_folders, top_folders, unwrap, walk, zip_names
 from .files import read_json
 from .images import BadImageError, encode
 from .items import Source, SourceItem
@@ -47,9 +47,9 @@ def available_splits(spec: str) -> list[str]:
     path = Path(spec)
     if path.is_dir():
         tars = sorted(child.name for child in path.iterdir() if child.is_dir() and any(child.glob("*.tar")))
-        return tars or split_folders(top_folders(*walk(path))) or ["train"]
+        return tars or split_folders(top_folders(*unwrap(*walk(path))[1:])) or ["train"]
     if path.is_file() and zipfile.is_zipfile(path):
-        return split_folders(top_folders(*zip_names(path))) or ["train"]
+        return split_folders(top_folders(*unwrap(*zip_names(path))[1:])) or ["train"]
     return ["train"]
 
 

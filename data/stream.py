@@ -10,7 +10,7 @@ import atexit
 import multiprocessing
 import signal
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any, Protocol
 
@@ -27,13 +27,8 @@ Batch = dict[str, Tensor]
 Samples = tuple[np.ndarray, np.ndarray]
 """Sample numbers and the epoch of each, `[b]` int64."""
 
-# workers ignore SIGTERM while this is 0: a cluster sends it to every process, and the trainer must save first
-_closing = multiprocessing.RawValue("b", 0)
 
-
-@atexit.register
-def _allow_workers_to_end() -> None:
-    _closing.value = 1
+_TRAINERS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 
 
 class Dataset(Protocol):
@@ -155,17 +150,49 @@ class Stream:
 
     def _load(self, wanted: Iterable[Samples]) -> Iterator[Batch]:
         fetch = _Fetch(self.dataset, self.seed)
-        if self.workers == 0:
-            batches: Iterable[Any] = (fetch[samples] for samples in wanted)
-            batches = (_pinned(batch) for batch in batches) if self.pin else batches
-        else:
-            # batch_size=None: the sampler's elements are whole micro-batches, and nothing is collated
-            options = {"num_workers": self.workers, "prefetch_factor": self.prefetch, "worker_init_fn": _start_worker}
-            batches = DataLoader(fetch, batch_size=None, sampler=wanted, pin_memory=self.pin, **options)  # type: ignore[arg-type]
-        for batch in batches:
+        for batch in self._in_workers(fetch, wanted) if self.workers else self._here(fetch, wanted):
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+    def _here(self, fetch: _Fetch, wanted: Iterable[Samples]) -> Iterator[Batch | UserError]:
+        for samples in wanted:
+            batch = fetch[samples]
+            if self.pin and not isinstance(batch, UserError):
+                batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+            yield batch
+
+    def _in_workers(self, fetch: _Fetch, wanted: Iterable[Samples]) -> Iterator[Batch | UserError]:
+        closing = multiprocessing.RawValue("b", 0)
+        # batch_size=None: an element of the sampler is a whole micro-batch, and nothing is collated
+        loader = DataLoader(
+            fetch,  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=wanted,
+            num_workers=self.workers,
+            prefetch_factor=self.prefetch,
+            pin_memory=self.pin,
+            worker_init_fn=partial(_start_worker, closing),
+            generator=torch.Generator(),  # else it draws a number from the global one, and the run differs from workers=0
+        )
+        # a signal in the first moments of a worker would meet the handlers of this process: held back until it has its own
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _TRAINERS)
+        try:
+            batches: Any = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+        def stop() -> None:
+            closing.value = 1
+            # left to the garbage collector or to torch's exit handler, each worker costs five seconds
+            batches._shutdown_workers()
+
+        atexit.register(stop)
+        try:
+            yield from batches
+        finally:
+            atexit.unregister(stop)
+            stop()
 
 
 class _Fetch:
@@ -183,14 +210,16 @@ class _Fetch:
         return {name: torch.from_numpy(array) for name, array in {**arrays, "index": indices, "epoch": epochs}.items()}
 
 
-def _pinned(batch: Batch | UserError) -> Batch | UserError:
-    return batch if isinstance(batch, UserError) else {name: tensor.pin_memory() for name, tensor in batch.items()}
+def _start_worker(closing: Any, worker: int) -> None:
+    """A cluster sends its signals to every process: workers ignore them, since the trainer must finish its step and save."""
 
+    def end(number: int, frame: object) -> None:
+        if closing.value:
+            signal.raise_signal(signal.SIGKILL)
 
-def _start_worker(worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGKILL) if _closing.value else None)
+    for number in _TRAINERS:
+        signal.signal(number, end if number == signal.SIGTERM else signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _TRAINERS)
 
 
 def to_image(pixels: Tensor) -> Tensor:

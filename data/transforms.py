@@ -31,7 +31,8 @@ class Augment:
         if crop not in ("center", "random", "none"):
             raise ValueError(f"unknown crop {crop!r}; choose center, random or none")
         self.size, self.mode, self.flip = size, crop, flip
-        self.shape, self.direct = (size, size, 3), crop != "random"
+        self.shape: tuple[int, ...] = (size, size, 3)
+        self.direct = crop != "random"
         # always four, so that switching the flip off does not change the crops
         self.draws = 4
 
@@ -59,7 +60,8 @@ class TenCrop:
 
     def __init__(self, size: PositiveInt, ratio: float = 1.1) -> None:
         self.size, self.ratio = size, ratio
-        self.shape, self.draws, self.direct = (10, size, size, 3), 0, False
+        self.shape: tuple[int, ...] = (10, size, size, 3)
+        self.draws, self.direct = 0, False
 
     def crop(self, pixels: np.ndarray, random: np.ndarray) -> np.ndarray:
         """`[h, w, 3]` to `[10, S, S, 3]`."""
@@ -74,7 +76,8 @@ class FlipPair:
 
     def __init__(self, size: PositiveInt) -> None:
         self.size = size
-        self.shape, self.draws, self.direct = (2, size, size, 3), 0, False
+        self.shape: tuple[int, ...] = (2, size, size, 3)
+        self.draws, self.direct = 0, False
 
     def crop(self, pixels: np.ndarray, random: np.ndarray) -> np.ndarray:
         """`[h, w, 3]` to `[2, S, S, 3]`."""

@@ -81,8 +81,8 @@ def make_shard(job: Job, shard: int, advance: Callable[[int], None]) -> bool:
     if (index := _finished(tar, job.digest)) is not None:
         advance(len(positions))
         if index.meta["bad"] and job.on_bad == "fail":
-            bad = index.meta["bad"][0]
-            raise _refusal(bad["key"], bad["reason"])
+            first = index.meta["bad"][0]
+            raise _refusal(first["key"], first["reason"])
         return True
     bad: list[dict[str, str]] = []
     with os_errors(job.folder), whole_file(tar) as file:
