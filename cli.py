@@ -97,7 +97,8 @@ def parse(command: Command, words: Sequence[str]) -> argparse.Namespace:
     Raises:
         UserError: an unknown option, or a missing argument.
     """
-    parser = _Parser(prog=f"tokar {command.name}", description=f"{command.about[0].upper()}{command.about[1:]}.", epilog=_epilog(command), allow_abbrev=False,
+    about = f"{command.about[0].upper()}{command.about[1:]}."
+    parser = _Parser(prog=f"tokar {command.name}", description=about, epilog=_epilog(command), allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     for names, settings in command.arguments:
         parser.add_argument(*names, **settings)

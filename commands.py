@@ -9,9 +9,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from .conf.compose import Composed
 
 Arguments = argparse.Namespace
 Argument = tuple[tuple[str, ...], dict[str, Any]]
@@ -152,9 +155,28 @@ def _config_show(arguments: Arguments) -> int:
 
 def _config_check(arguments: Arguments) -> int:
     from .conf.compose import compose
-    from .conf.explain import summary
 
     return say(f"ok: {summary(compose(arguments.stage, arguments.overrides))}")
+
+
+def summary(composed: Composed) -> str:
+    """A checked config in one line; a training run begins with its folder."""
+    from .conf.duration import Duration
+    from .conf.schema import Spine
+    from .train.folder import run_folder
+
+    config = composed.typed
+    if not isinstance(config, Spine):
+        return f"config of `{config.stage}`"
+    loop, optim, strategy = config.loop, config.optim, config.strategy
+    parts = (
+        str(run_folder(composed)),
+        f"{config.data.source} at {config.data.image_size} px",
+        f"{Duration.parse(loop.duration)} of {loop.batch_size}",
+        f"{optim.name} {optim.lr:g}",
+        f"{strategy.name} × {strategy.devices * strategy.nodes} {strategy.precision}",
+    )
+    return " · ".join(parts)
 
 
 def _bench(arguments: Arguments) -> int:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .commands import Command
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from .commands import Command
 
 _PATHS = frozenset({"model", "target", "resume_from", "init_from", "decode_with", "judge", "features.path", "codes.tokenizer"})
 """Keys whose value is a run, a checkpoint or a model."""

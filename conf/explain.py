@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from ..errors import ConfigError
-from .compose import TRAINING, Composed, groups, unchecked
-from .duration import Duration
+from .compose import groups, unchecked
 from .schema import SCHEMAS, Length, Node, Varying
 from .signature import NoTargetError, parameters
 
@@ -124,7 +123,8 @@ def kind(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin in (list, tuple):
         return f"list of {kind(parts[0])}"
     bounds = [f"{sign} {getattr(item, name)}" for item in metadata for name, sign in _BOUNDS.items() if hasattr(item, name)]
-    return " ".join([_ALIASES.get(annotation) or getattr(annotation, "__name__", str(annotation)), *bounds])
+    name = _ALIASES.get(annotation) or getattr(annotation, "__name__", str(annotation))
+    return " ".join([str(name), *bounds])
 
 
 def _alias(annotation: Any, metadata: Sequence[Any]) -> Any:
@@ -136,24 +136,6 @@ def _choices(field: FieldInfo) -> tuple[str, ...]:
     parts = [field.annotation, *get_args(field.annotation)]
     named = [str(value) for part in parts if get_origin(part) is Literal for value in get_args(part)]
     return tuple(named) or (("true", "false") if field.annotation is bool else ())
-
-
-def summary(composed: Composed) -> str:
-    """A checked config in one line; a training run begins with its folder."""
-    config = composed.typed
-    if config.stage not in TRAINING:
-        return f"config of `{config.stage}`, {len(composed.overrides)} overrides"
-    from ..train.folder import run_folder
-
-    loop, optim, strategy = config.loop, config.optim, config.strategy
-    parts = (
-        str(run_folder(composed)),
-        f"{config.data.source} at {config.data.image_size} px",
-        f"{Duration.parse(loop.duration)} of {loop.batch_size}",
-        f"{optim.name} {optim.lr:g}",
-        f"{strategy.name} × {strategy.devices * strategy.nodes} {strategy.precision}",
-    )
-    return " · ".join(parts)
 
 
 def highlight(text: str) -> str:

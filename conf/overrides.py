@@ -130,7 +130,7 @@ def _experiment_problem(override: Override, stage: str) -> str | None:
     """An experiment of another stage, told before its groups fail to fit."""
     if override.key_or_group != "experiment" or not isinstance(name := override.value(), str):
         return None
-    own = OmegaConf.load(ROOT / "experiment" / f"{name}.yaml").get("stage")
+    own = OmegaConf.select(OmegaConf.load(ROOT / "experiment" / f"{name}.yaml"), "stage")
     if own == stage:
         return None
     return f"experiment={name}: is for the stage {own!r}, not {stage!r}; run `tokar train {own} experiment={name}`"

@@ -97,7 +97,7 @@ def _read_arguments(arguments: ast.arguments) -> Iterator[Parameter]:
     defaults = [*undefaulted, *arguments.defaults, *arguments.kw_defaults]
     for argument, default in zip([*positional, *arguments.kwonlyargs], defaults, strict=True):
         annotation = ast.unparse(argument.annotation) if argument.annotation else "Any"
-        yield Parameter(argument.arg, _adapter(argument.annotation), annotation, default and ast.unparse(default))
+        yield Parameter(argument.arg, _adapter(argument.annotation), annotation, ast.unparse(default) if default else None)
 
 
 def _adapter(annotation: ast.expr | None) -> TypeAdapter[Any] | None:

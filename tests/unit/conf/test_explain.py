@@ -1,6 +1,6 @@
 import pytest
-from tokar.conf.compose import compose, flatten
-from tokar.conf.explain import explain, keys, summary
+from tokar.conf.compose import flatten, unchecked
+from tokar.conf.explain import explain, keys
 from tokar.conf.schema import SCHEMAS
 from tokar.errors import ConfigError
 
@@ -27,8 +27,6 @@ def test_components_show_their_constructors_arguments():
 
 @pytest.mark.parametrize("stage", SCHEMAS)
 def test_every_key_of_the_composed_config_is_explained(stage):
-    from tokar.conf.compose import unchecked
-
     plain, _ = unchecked(stage, [])
     leaves = {path for path in flatten(plain) if not path.endswith("_target_")}
     assert leaves - by_path(stage).keys() == set()
@@ -39,8 +37,3 @@ def test_lines_are_aligned_and_overrides_checked():
     assert len({line.index("int > 0") for line in lines if line.startswith(("loop.batch_size", "loop.keep "))}) == 1
     with pytest.raises(ConfigError, match="no such option"):
         explain("classifier", ["optim=sgd"])
-
-
-def test_summary_begins_with_the_run_folder():
-    line = summary(compose("classifier", ["experiment=digits_classifier", "optim.lr=1e-3"]))
-    assert line.startswith("runs/digits_classifier-optim.lr=0.001 · digits at 32 px · ")
