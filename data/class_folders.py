@@ -107,7 +107,8 @@ def unwrap(names: Iterable[str], folders: Iterable[str]) -> tuple[str, list[str]
     if len(tops) != 1 or not tops.isdisjoint(SPLIT_NAMES) or not inner or not inner <= SPLIT_NAMES:
         return "", names, folders
     prefix = f"{tops.pop()}/"
-    return prefix, *([name[len(prefix) :] for name in part if name.startswith(prefix)] for part in (names, folders))
+    names, folders = ([name[len(prefix) :] for name in part if name.startswith(prefix)] for part in (names, folders))
+    return prefix, names, folders
 
 
 def walk(path: Path) -> tuple[list[str], list[str]]:

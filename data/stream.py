@@ -165,7 +165,7 @@ class Stream:
     def _in_workers(self, fetch: _Fetch, wanted: Iterable[Samples]) -> Iterator[Batch | UserError]:
         closing = multiprocessing.RawValue("b", 0)
         # batch_size=None: an element of the sampler is a whole micro-batch, and nothing is collated
-        loader = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             fetch,  # type: ignore[arg-type]
             batch_size=None,
             sampler=wanted,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,8 +104,9 @@ def _members(data: mmap.mmap, path: Path) -> Iterator[Member]:
 
 def _check_header(header: bytes, path: Path, position: int) -> None:
     stored = _number(header[148:156])
-    # the checksum counts its own eight bytes as spaces
-    if sum(header) - sum(header[148:156]) + 8 * 32 != stored:
+    # the checksum counts its own eight bytes as spaces; Adler-32 ends in 1 + the sum of the bytes, modulo 65521
+    blanked = zlib.adler32(header[:148] + b" " * 8 + header[156:]) & 0xFFFF
+    if blanked != (stored + 1) % 65521:
         what = "not an uncompressed tar" if position == 0 else f"the tar is damaged at byte {position}"
         raise UserError(what, where=path, fix="write or download it again")
 
