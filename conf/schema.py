@@ -42,8 +42,8 @@ class Node(BaseModel):
 class Paths(Node):
     """Where users' things lie."""
 
-    datasets: Text
-    runs: Text
+    datasets: Text = Field(description="prepared shards and codes")
+    runs: Text = Field(description="one folder for each run")
 
 
 class Data(Node):
@@ -51,15 +51,17 @@ class Data(Node):
 
     source: Text = Field(description="digits, a class folder, a zip of class folders, or WebDataset tars")
     path: Text = Field(description="folder of prepared shards")
-    train_split: str = "train"
-    val_split: str = "val"
-    image_size: PositiveInt
+    train_split: str = Field("train", description="name of the split to learn from")
+    val_split: str = Field("val", description="name of the split to measure on")
+    image_size: PositiveInt = Field(description="pixels a side that the network sees")
     prepare_size: PositiveInt | None = Field(
         None, description="resize the shorter side to this when preparing; null keeps the bytes"
     )
-    crop: Literal["none", "center", "random"] = "center"
-    flip: bool = False
-    decoder: Literal["auto", "simplejpeg", "pil"] = "auto"
+    crop: Literal["none", "center", "random"] = Field("center", description="how image_size is cut out")
+    flip: bool = Field(False, description="mirror every other image at random while training")
+    decoder: Literal["auto", "simplejpeg", "pil"] = Field(
+        "auto", description="of JPEG; auto takes simplejpeg where it is installed"
+    )
     workers: NonNegativeInt = Field(0, description="loader processes per rank; 0 reads in the training process")
 
 
@@ -67,10 +69,10 @@ class Optim(Node):
     """AdamW or Adam, and gradient clipping."""
 
     name: Literal["adamw", "adam"] = "adamw"
-    lr: PositiveFloat
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
+    lr: PositiveFloat = Field(description="learning rate at its peak")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="decay of the first and second moments")
+    eps: PositiveFloat = Field(1e-8, description="added to the denominator")
+    weight_decay: NonNegativeFloat = Field(0.0, description="decoupled (AdamW)")
     decay_vectors: bool = Field(False, description="decay biases, norms and other one-dimensional parameters too")
     clip: NonNegativeFloat = Field(1.0, description="largest gradient norm; 0 does not clip")
 
@@ -78,8 +80,8 @@ class Optim(Node):
 class ScheduleConfig(Node):
     """Learning rate over the run, as a factor of `optim.lr`."""
 
-    kind: Literal["constant", "cosine", "linear", "wsd"] = "constant"
-    warmup: Length = 0
+    kind: Literal["constant", "cosine", "linear", "wsd"] = Field("constant", description="shape after the warm-up")
+    warmup: Length = Field(0, description="linear, from 0")
     floor: Fraction = Field(0.0, description="factor at the end")
     decay: Fraction = Field(0.2, description="share of the run that wsd decays over")
 
@@ -87,51 +89,51 @@ class ScheduleConfig(Node):
 class Ema(Node):
     """Exponential moving average of the weights."""
 
-    decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="share of the average that stays at each update")
     warmup: bool = Field(True, description="decay min(decay, (1+n)/(10+n)) for the first updates")
 
 
 class Loop(Node):
     """How long, how often, how much."""
 
-    duration: Length
+    duration: Length = Field(description='of the run: 2000, "2k steps", "500k samples", "3 epochs"')
     batch_size: PositiveInt = Field(description="samples per optimizer step, over all ranks")
     accumulate: PositiveInt = Field(1, description="micro-batches per rank and step")
-    log_every: PositiveInt = 20
-    eval_every: Length | None = None
+    log_every: PositiveInt = Field(20, description="steps")
+    eval_every: Length | None = Field(None, description="null: only at the end")
     sample_every: Length | None = Field(None, description="pictures while training")
-    save_every: Length | None = None
+    save_every: Length | None = Field(None, description="checkpoints; null: only at the end")
     keep: PositiveInt = Field(2, description="newest checkpoints kept")
     keep_every: Length | None = Field(None, description="checkpoints at multiples of this are never pruned")
-    eval_samples: PositiveInt = 1024
+    eval_samples: PositiveInt = Field(1024, description="images of the validation split looked at")
 
 
 class Strategy(Node):
     """How the work is spread and in what precision."""
 
-    name: Literal["single", "ddp"] = "single"
-    devices: PositiveInt = 1
-    nodes: PositiveInt = 1
+    name: Literal["single", "ddp"] = Field("single", description="one device, or data-parallel ranks")
+    devices: PositiveInt = Field(1, description="on each node")
+    nodes: PositiveInt = Field(1, description="machines")
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    compile: bool = False
-    channels_last: bool = True
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the arithmetic; weights stay in fp32")
+    compile: bool = Field(False, description="torch.compile each network")
+    channels_last: bool = Field(True, description="memory format of convolutions")
     threads: NonNegativeInt = Field(0, description="CPU threads per process; 0 leaves torch's choice")
 
 
 class Wandb(Node):
     """Weights & Biases, an addition to metrics.jsonl."""
 
-    mode: Literal["disabled", "offline", "online"] = "disabled"
-    project: str = "tokar"
-    entity: str | None = None
-    tags: list[str] = []
+    mode: Literal["disabled", "offline", "online"] = Field("disabled", description="offline keeps the files in the run folder")
+    project: str = Field("tokar", description="as W&B calls it")
+    entity: str | None = Field(None, description="user or team; null takes W&B's default")
+    tags: list[str] = Field([], description="labels of the run")
 
 
 class Logger(Node):
     """Where metrics go besides metrics.jsonl."""
 
-    progress: bool = True
+    progress: bool = Field(True, description="bar and lines while training")
     wandb: Wandb
 
 
@@ -141,7 +143,7 @@ class Spine(Node):
     stage: str
     experiment: str | None = Field(None, description="set by the experiment file")
     name: Text | None = Field(None, description="run folder; null derives it from experiment and overrides")
-    seed: NonNegativeInt = 0
+    seed: NonNegativeInt = Field(0, description="of weights, order and augmentation")
     paths: Paths
     data: Data
     optim: Optim
@@ -157,13 +159,13 @@ class Spine(Node):
 class TokenizerLosses(Node):
     """Weights of the tokenizer's losses."""
 
-    reconstruction: Literal["l1", "l2"] = "l2"
-    reconstruction_weight: NonNegativeFloat = 1.0
-    perceptual_weight: NonNegativeFloat = 0.0
+    reconstruction: Literal["l1", "l2"] = Field("l2", description="distance of pixels")
+    reconstruction_weight: NonNegativeFloat = Field(1.0, description="of the pixel loss")
+    perceptual_weight: NonNegativeFloat = Field(0.0, description="of LPIPS, which needs lpips_weights")
     lpips_weights: Text | None = Field(None, description="file with VGG16 and linear-head weights")
-    adversarial: Literal["hinge", "non-saturating"] = "hinge"
-    adversarial_weight: NonNegativeFloat = 0.5
-    adversarial_start: Length = 0
+    adversarial: Literal["hinge", "non-saturating"] = Field("hinge", description="loss of the discriminator")
+    adversarial_weight: NonNegativeFloat = Field(0.5, description="of the generator's adversarial loss")
+    adversarial_start: Length = Field(0, description="the discriminator rests before")
     adaptive: bool = Field(False, description="scale the adversarial weight by the ratio of last-layer gradients")
 
 
@@ -187,12 +189,14 @@ class Codes(Node):
 class Sampling(Node):
     """How codes are drawn from a generator."""
 
-    guidance: Varying = 1.0
-    temperature: Varying = 1.0
-    top_k: NonNegativeInt = 0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    greedy: bool = False
-    cache: bool = True
+    guidance: Varying = Field(1.0, description="s in u + s·(c − u)")
+    temperature: Varying = Field(1.0, description="divides the logits")
+    top_k: NonNegativeInt = Field(0, description="keep the k likeliest codes; 0 keeps all")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="keep the likeliest codes that make up this probability"
+    )
+    greedy: bool = Field(False, description="always the likeliest code")
+    cache: bool = Field(True, description="keep keys and values; false recomputes them (slow, for comparison)")
 
 
 class GeneratorRun(Spine):
@@ -210,7 +214,7 @@ class ClassifierRun(Spine):
 
     stage: Literal["classifier"]
     classifier: Component
-    label_smoothing: Fraction = 0.0
+    label_smoothing: Fraction = Field(0.0, description="probability spread over the other classes")
     shift: NonNegativeInt = Field(0, description="augmentation: random shift in pixels")
 
 
@@ -223,9 +227,9 @@ class Prepare(Node):
     splits: list[str] = Field(["train", "val"], description="splits to write; one that the source lacks is an error")
     workers: PositiveInt = Field(description="processes")
     shard_size: PositiveInt = Field(description="images per shard")
-    format: Literal["keep", "png", "jpeg", "webp"] = "keep"
-    quality: Annotated[int, Field(ge=1, le=100)] = 95
-    on_bad: Literal["skip", "fail"] = "skip"
+    format: Literal["keep", "png", "jpeg", "webp"] = Field("keep", description="of images written anew")
+    quality: Annotated[int, Field(ge=1, le=100)] = Field(95, description="of JPEG and WebP")
+    on_bad: Literal["skip", "fail"] = Field("skip", description="list a bad image in bad.jsonl and go on, or stop at the first")
 
 
 class Encode(Node):
@@ -235,12 +239,14 @@ class Encode(Node):
     paths: Paths
     data: Data
     model: Text = Field(description="a tokenizer run, checkpoint or exported model")
-    out: Text
-    views: Literal["one", "flip", "ten-crop"] = "one"
+    out: Text = Field(description="folder of the code shards")
+    views: Literal["one", "flip", "ten-crop"] = Field(
+        "one", description="of each image: itself, with its mirror image, or five crops and their mirror images"
+    )
     crop_ratio: Annotated[float, Field(ge=1)] = Field(1.1, description="ten-crop: size of the image it crops from")
-    splits: list[str] = ["train", "val"]
-    batch_size: PositiveInt = 64
-    shard_size: PositiveInt = 16384
+    splits: list[str] = Field(["train", "val"], description="to encode")
+    batch_size: PositiveInt = Field(64, description="images at once")
+    shard_size: PositiveInt = Field(16384, description="images per shard")
     seed: NonNegativeInt = 0
     strategy: Strategy
 
@@ -253,13 +259,13 @@ class Sample(Node):
     model: Text = Field(description="a generator run, checkpoint or exported model")
     decode_with: Text | None = Field(None, description="tokenizer; null takes the one the generator was trained with")
     out: Text | None = Field(None, description="null: the samples folder of the run")
-    count: PositiveInt = 64
-    classes: list[NonNegativeInt] | None = None
-    seed: NonNegativeInt = 0
-    batch_size: PositiveInt = 64
-    save: list[Literal["grid", "folder", "npz", "codes"]] = ["grid"]
-    scale: PositiveInt = 2
-    ema: bool = True
+    count: PositiveInt = Field(64, description="images")
+    classes: list[NonNegativeInt] | None = Field(None, description="null cycles through all")
+    seed: NonNegativeInt = Field(0, description="sample i depends on (seed, i) alone")
+    batch_size: PositiveInt = Field(64, description="images at once")
+    save: list[Literal["grid", "folder", "npz", "codes"]] = Field(["grid"], description="what to write")
+    scale: PositiveInt = Field(2, description="enlargement of the grid's pictures")
+    ema: bool = Field(True, description="averaged weights where there are some")
     sampling: Sampling
     strategy: Strategy
 
@@ -267,8 +273,8 @@ class Sample(Node):
 class Features(Node):
     """The feature network of a Fréchet distance."""
 
-    name: Literal["classifier", "inception", "dinov2"] = "classifier"
-    path: Text | None = None
+    name: Literal["classifier", "inception", "dinov2"] = Field("classifier", description="which network")
+    path: Text | None = Field(None, description="its run or weights file")
 
 
 class Evaluate(Node):
@@ -282,13 +288,13 @@ class Evaluate(Node):
     features: Features
     judge: Text | None = Field(None, description="classifier run that judges classes; null takes features.path of a classifier")
     count: PositiveInt | None = Field(None, description="images; null takes the whole reference split")
-    batch_size: PositiveInt = 64
-    seed: NonNegativeInt = 0
-    ema: bool = True
-    lpips_weights: Text | None = None
-    sampling: Sampling | None = None
+    batch_size: PositiveInt = Field(64, description="images at once")
+    seed: NonNegativeInt = Field(0, description="of the samples")
+    ema: bool = Field(True, description="averaged weights where there are some")
+    lpips_weights: Text | None = Field(None, description="file with VGG16 and linear-head weights; null leaves LPIPS out")
+    sampling: Sampling | None = Field(None, description="null: as the run samples")
     strategy: Strategy
-    out: Text | None = None
+    out: Text | None = Field(None, description="null: the evaluation folder of the run")
 
 
 class Bench(Node):
@@ -305,7 +311,7 @@ class Bench(Node):
     sampling: Sampling
     strategy: Strategy
     grid: tuple[PositiveInt, PositiveInt] = Field(description="token grid of the generator")
-    num_classes: PositiveInt
+    num_classes: PositiveInt = Field(description="of the generator")
     batch_size: PositiveInt = Field(description="of training steps")
     sample_batch: PositiveInt = Field(description="of sampling")
     seconds: PositiveFloat = Field(description="measured for each row, after a warm-up")
