@@ -24,6 +24,9 @@ class TokenizerOutput:
         z_quantized: latent after it, with the gradient estimator attached.
         losses: the quantizer's scalar losses by name, already weighted (`commitment`, `codebook`, …).
         reconstruction: `[B, 3, H, W]`, not clamped; `None` from `encode`.
+        shortcut: a second reconstruction that bypasses the quantizer, from `forward(…, auxiliary=True)` of tokenizers that
+            have one (GigaTok); trained with the same image losses.
+        semantic: `[B, T, C]` features projected to a teacher's width, from `forward` of tokenizers that have such a head.
     """
 
     codes: Tensor
@@ -31,6 +34,8 @@ class TokenizerOutput:
     z_quantized: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
     reconstruction: Tensor | None = None
+    shortcut: Tensor | None = None
+    semantic: Tensor | None = None
 
 
 class Tokenizer(nn.Module, ABC):
@@ -64,8 +69,14 @@ class Tokenizer(nn.Module, ABC):
             f"{type(self).__name__} cannot decode a prefix of its {self.layout.kind} tokens", fix="decode all tokens instead"
         )
 
-    def forward(self, image: Tensor) -> TokenizerOutput:
-        """Encode, quantize and decode: what a training step needs."""
+    def forward(self, image: Tensor, auxiliary: bool = False) -> TokenizerOutput:
+        """Encode, quantize and decode: what a training step needs.
+
+        Args:
+            image: `[B, 3, H, W]` in [-1, 1].
+            auxiliary: also compute what only an early part of training asks for (`shortcut`, the `feature` loss), where the
+                tokenizer has it.
+        """
         output = self.encode(image)
         output.reconstruction = self.decode(output.z_quantized)
         return output
