@@ -28,8 +28,8 @@ Length = Annotated[int | float | str, AfterValidator(_duration)]
 """A duration: `2000` (steps), `"500k samples"`, `"3 epochs"`."""
 Component = Annotated[dict[str, Any], AfterValidator(_component)]
 """A node with `_target_`."""
-Varying = float | dict[str, Any]
-"""A number, or a schedule over sampling progress (`{kind: step, value: 1.75, start: 0.18}`)."""
+Varying = float | dict[str, Any] | str
+"""A number, or a schedule over sampling progress: `{kind: step, value: 1.75, start: 0.18}` or `"step:1.75,start=0.18"`."""
 Text = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int | float) else value)]
 
 
@@ -163,20 +163,26 @@ class TokenizerLosses(Node):
     reconstruction_weight: NonNegativeFloat = Field(1.0, description="of the pixel loss")
     perceptual_weight: NonNegativeFloat = Field(0.0, description="of LPIPS, which needs lpips_weights")
     lpips_weights: Text | None = Field(None, description="file with VGG16 and linear-head weights")
-    adversarial: Literal["hinge", "non-saturating"] = Field("hinge", description="loss of the discriminator")
+    adversarial: Literal["hinge", "non_saturating"] = Field("hinge", description="loss of the discriminator")
     adversarial_weight: NonNegativeFloat = Field(0.5, description="of the generator's adversarial loss")
     adversarial_start: Length = Field(0, description="the discriminator rests before")
     adaptive: bool = Field(False, description="scale the adversarial weight by the ratio of last-layer gradients")
 
 
-class TokenizerRun(Spine):
+class TokenizerParts(Node):
+    """What the tokenizer stage is made of."""
+
+    tokenizer: Component
+    discriminator: Component | None
+    losses: TokenizerLosses
+    optim: Optim
+    discriminator_optim: Optim
+
+
+class TokenizerRun(TokenizerParts, Spine):
     """`tokar train tokenizer`."""
 
     stage: Literal["tokenizer"]
-    tokenizer: Component
-    discriminator: Component | None
-    discriminator_optim: Optim
-    losses: TokenizerLosses
 
 
 class Codes(Node):
@@ -197,6 +203,7 @@ class Sampling(Node):
     )
     greedy: bool = Field(False, description="always the likeliest code")
     cache: bool = Field(True, description="keep keys and values; false recomputes them (slow, for comparison)")
+    compile: bool = Field(False, description="torch.compile the decode step; worth it for many samples on a GPU")
 
 
 class GeneratorRun(Spine):
@@ -297,17 +304,13 @@ class Evaluate(Node):
     out: Text | None = Field(None, description="null: the evaluation folder of the run")
 
 
-class Bench(Node):
+class Bench(TokenizerParts):
     """`tokar bench`."""
 
     stage: Literal["bench"]
     paths: Paths
     data: Data
-    tokenizer: Component
-    discriminator: Component | None
-    losses: TokenizerLosses
     generator: Component
-    optim: Optim
     sampling: Sampling
     strategy: Strategy
     grid: tuple[PositiveInt, PositiveInt] = Field(description="token grid of the generator")

@@ -67,9 +67,14 @@ class Task:
         if _is_images(self.target):
             count = count_samples(self.target)
             return self._generation(load_samples(self.target, self.config.batch_size), count, {"images": str(self.target)})
-        model = load_model(locate_model(self.target), ema=self.config.ema).to(self.device)
-        subject = {"target": str(self.target), "model": locate_model(self.target).parent.name, "weights": weights_hash(model)[:16],
-                   "ema": self.config.ema}  # fmt: skip
+        folder = locate_model(self.target)
+        model = load_model(folder, ema=self.config.ema).to(self.device)
+        subject = {
+            "target": str(self.target),
+            "checkpoint": folder.parent.name,
+            "weights": weights_hash(model)[:16],
+            "ema": self.config.ema,
+        }
         match model:
             case Tokenizer():
                 return self._reconstruction(model, subject)

@@ -98,10 +98,13 @@ def bench_sampler(config: Bench, workers: Workers) -> Row:
     sampling = config.sampling.model_dump(exclude={"cache"})
     codes: dict[bool, Tensor] = {}
 
-    def draw(cache: bool) -> None:
-        codes[cache] = sample(generator, labels, seed=0, cache=cache, **sampling)
+    def speed(cache: bool) -> float:
+        def draw() -> None:
+            codes[cache] = sample(generator, labels, seed=0, cache=cache, **sampling)
 
-    cached, uncached = (_rate(lambda c=c: draw(c), config.seconds, workers.device) * config.sample_batch for c in (True, False))
+        return _rate(draw, config.seconds, workers.device) * config.sample_batch
+
+    cached, uncached = speed(True), speed(False)
     if not torch.equal(codes[True], codes[False]):
         raise UserError("cached and uncached sampling gave different tokens", where="bench sampler", fix="report this as a bug")
     return {"cached_images_per_s": cached, "uncached_images_per_s": uncached, "ratio": cached / uncached}

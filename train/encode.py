@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,12 @@ def encode(composed: Composed) -> int:
 def _encode_split(config: Encode, workers: Workers, tokenizer: Tokenizer, split: str) -> None:
     views, transform = _views(config)
     images = ImageDataset(config.data.path, split, transform=transform, decoder=config.data.decoder)
-    protocol = {"views": config.views, "size": config.data.image_size, "source": config.data.source, "tokenizer": config.model}
+    protocol: dict[str, Any] = {
+        "views": config.views,
+        "size": config.data.image_size,
+        "source": config.data.source,
+        "tokenizer": config.model,
+    }
     if config.views == "ten-crop":
         protocol["ratio"] = config.crop_ratio
     writer = CodeWriter(

@@ -64,5 +64,5 @@ class GeneratorStage:
             return {}
         classes = torch.arange(len(batch["label"]), device=batch["label"].device) % self.generator.num_classes
         sampling = self.config.sampling.model_dump()
-        codes = sample(networks["generator"].module, classes, seed=self.config.seed, **sampling)
+        codes = sample(self.generator, classes, seed=self.config.seed, **sampling)
         return {"samples": to_uint8(self.tokenizer.decode(codes))}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -111,7 +112,7 @@ class Wandb:
         identity = folder / "wandb" / "id"
         identity.parent.mkdir(exist_ok=True)
         if not identity.exists():
-            identity.write_text(wandb.util.generate_id())
+            identity.write_text(secrets.token_hex(4))
         self._wandb = wandb
         self._run = wandb.init(
             id=identity.read_text().strip(), resume="allow", mode=config.mode, project=config.project, entity=config.entity,
@@ -184,7 +185,7 @@ class Progress:
         from rich.progress import Progress as Bar
 
         self._console = Console(quiet=not enabled, soft_wrap=True)
-        self._title, self._said = title, time.monotonic()
+        self._title, self._note, self._said = title, "", time.monotonic()
         columns = [TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                    TextColumn("{task.fields[note]}")]  # fmt: skip
         live = enabled and self._console.is_terminal
@@ -196,7 +197,8 @@ class Progress:
     def update(self, clock: Clock, note: str) -> None:
         """Show where the run is; an empty note keeps the last one."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=clock.step, **({"note": note} if note else {}))
+            self._note = note or self._note
+            self._bar.update(self._task, completed=clock.step, note=self._note)
         elif note and (time.monotonic() - self._said >= self.LINE_EVERY or clock.finished):
             self._said = time.monotonic()
             self._console.print(f"{self._title}  step {clock.step}/{clock.total}  {note}", highlight=False)

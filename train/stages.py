@@ -45,22 +45,25 @@ def build_tokenizer(config: TokenizerRun, workers: Workers) -> Built:
 def build_classifier(config: ClassifierRun, workers: Workers) -> Built:
     """Images in, classes out."""
     train, validate = image_splits(config.data)
+    _check_labels(train)
     known = {"image_size": config.data.image_size, "num_classes": len(train.classes)}
-    return _built(
-        config, workers, ClassifierStage(config, fill(config.classifier, known), {"classes": train.classes}), train, validate
-    )
+    stage = ClassifierStage(config, fill(config.classifier, known), {"classes": train.classes})
+    return _built(config, workers, stage, train, validate)
 
 
 def build_generator(config: GeneratorRun, workers: Workers) -> Built:
     """Codes in, from code shards or from images encoded on the fly."""
     tokenizer, origin = find_tokenizer(config)
     train, validate = _code_splits(config, tokenizer) if config.codes.path else image_splits(config.data)
+    _check_labels(train)
     layout = TokenLayout.from_dict(train.layout) if isinstance(train, CodeDataset) else _layout_of(tokenizer, config.data)
     stream = layout.streams[0]
     shape = {"grid": stream.grid} if stream.grid else {"n_tokens": layout.total_tokens}
     known = {"vocab_size": layout.vocab_size, "num_classes": len(train.classes), **shape}
     facts = {"layout": layout.to_dict(), "classes": train.classes, "tokenizer": origin}
-    return _built(config, workers, GeneratorStage(config, fill(config.generator, known), tokenizer, facts), train, validate)
+    stage = GeneratorStage(config, fill(config.generator, known), tokenizer, facts)
+    stage.generator.plan.check(layout)
+    return _built(config, workers, stage, train, validate)
 
 
 BUILDERS: dict[str, Callable[..., Built]] = {
@@ -114,6 +117,13 @@ def _layout_of(tokenizer: Tokenizer | None, data: Data) -> TokenLayout:
     return tokenizer.layout
 
 
+def _check_labels(data: ImageDataset | CodeDataset) -> None:
+    if not data.classes:
+        raise UserError(
+            "the data has no classes", where=data.folder, fix="prepare it from folders of classes, or with .cls files"
+        )
+
+
 def _check_image_size(image_size: int, layout: TokenLayout) -> None:
     if layout.image_size != (image_size, image_size):
         height, width = layout.image_size
@@ -125,12 +135,10 @@ def _check_image_size(image_size: int, layout: TokenLayout) -> None:
 
 
 def _built(config: Spine, workers: Workers, stage: Stage, train: Dataset, validate: Dataset) -> Built:
-    loop, ranks = config.loop, {"rank": workers.rank, "world": workers.world}
+    loop, rank, world = config.loop, workers.rank, workers.world
     stream = Stream(
-        train, batch_size=loop.batch_size, seed=config.seed, accumulate=loop.accumulate, workers=config.data.workers,
-        pin=workers.device.type == "cuda", **ranks,
+        train, batch_size=loop.batch_size, seed=config.seed, rank=rank, world=world, accumulate=loop.accumulate,
+        workers=config.data.workers, pin=workers.device.type == "cuda",
     )  # fmt: skip
-    looked_at = Stream(
-        validate, batch_size=max(workers.world, loop.batch_size // loop.accumulate), seed=0, shuffle=False, **ranks
-    )
-    return Built(stage, stream, looked_at)
+    size = max(world, loop.batch_size // loop.accumulate)
+    return Built(stage, stream, Stream(validate, batch_size=size, seed=0, shuffle=False, rank=rank, world=world))

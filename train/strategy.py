@@ -46,10 +46,11 @@ class Network:
     def __init__(self, fabric: Fabric, trainable: Trainable, ema: EmaConfig | None, strategy: StrategyConfig) -> None:
         self._fabric, self.trainable, self.module = fabric, trainable, trainable.module
         if strategy.channels_last:
-            self.module.to(memory_format=torch.channels_last)
+            self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = make_optimizer(trainable.optim, self.module)
-        forward = torch.compile(self.module) if strategy.compile else self.module
-        self.wrapped, self._stepper = fabric.setup(forward, self.optimizer)
+        if strategy.compile:
+            self.module.compile()
+        self.wrapped, self._stepper = fabric.setup(self.module, self.optimizer)
         self.ema = Ema(self.module, ema) if ema is not None and trainable.ema else None
         self._weight, self._pending = 1.0, False
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
-from ..conf.schema import TokenizerRun
+from ..conf.schema import TokenizerParts
 from ..data.stream import to_image, to_uint8
 from ..evaluate.reconstruction import psnr, ssim
 from ..models.build import build
@@ -27,7 +28,7 @@ class TokenizerStage:
     The discriminator rests before `adversarial_start`.
     """
 
-    def __init__(self, config: TokenizerRun) -> None:
+    def __init__(self, config: TokenizerParts) -> None:
         self.losses = config.losses
         self.tokenizer: Tokenizer = build(config.tokenizer)
         facts = {"layout": self.tokenizer.layout.to_dict()}
@@ -42,15 +43,15 @@ class TokenizerStage:
     def step(self, batch: Batch, clock: Clock, networks: Networks) -> dict[str, Tensor]:
         """One micro-batch for both networks."""
         image = to_image(batch["image"])
-        output: TokenizerOutput = networks["tokenizer"](image)
+        output, reconstruction = _forward(networks["tokenizer"], image)
         adversary = networks.get("discriminator")
         if adversary is None or clock.step < clock.steps(self.losses.adversarial_start):
-            losses = self._fidelity(output.reconstruction, image) | output.losses
+            losses = self._fidelity(reconstruction, image) | output.losses
             networks["tokenizer"].backward(total(losses))
-            return {"loss": total(losses), **losses, "codes": self._histogram(output)}
-        losses, observed = self._generator_step(networks["tokenizer"], adversary, image, output)
-        observed |= self._discriminator_step(adversary, image, output)
-        return {"loss": total(losses), **losses, **observed, "codes": self._histogram(output)}
+            return {"loss": total(losses), **losses, **self._histograms(output)}
+        losses, observed = self._generator_step(networks["tokenizer"], adversary, image, reconstruction, output.losses)
+        observed |= self._discriminator_step(adversary, image, reconstruction.detach().float())
+        return {"loss": total(losses), **losses, **observed, **self._histograms(output)}
 
     def _fidelity(self, reconstruction: Tensor, image: Tensor) -> dict[str, Tensor]:
         """Weighted losses that compare the reconstruction with the image."""
@@ -61,14 +62,14 @@ class TokenizerStage:
         return losses
 
     def _generator_step(
-        self, tokenizer: Network, adversary: Network, image: Tensor, output: TokenizerOutput
+        self, tokenizer: Network, adversary: Network, image: Tensor, reconstruction: Tensor, own: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The cut-graph step, right under every strategy: no backward passes through two networks.
 
         The image losses are differentiated down to the reconstruction only, with the discriminator as a plain, frozen
         module; the tokenizer's backward then starts from a surrogate that has that very gradient.
         """
-        leaf = output.reconstruction.detach().float().requires_grad_(True)
+        leaf = reconstruction.detach().float().requires_grad_(True)
         losses = self._fidelity(leaf, image)
         adversary.module.requires_grad_(False)
         losses["adversarial"] = self.losses.adversarial_weight * generator_loss(adversary.module(leaf), self.losses.adversarial)
@@ -79,29 +80,38 @@ class TokenizerStage:
         if self.last_layer is not None:
             weight = (self.last_layer.norm(fidelity) / (self.last_layer.norm(adversarial) + 1e-4)).clamp(0.0, 1e4)
         losses["adversarial"] = weight * losses["adversarial"].detach()
-        surrogate = (output.reconstruction.float() * (fidelity + weight * adversarial)).sum()
-        tokenizer.backward(surrogate + total(output.losses))
-        return losses | output.losses, {"adaptive_weight": weight} if self.last_layer is not None else {}
+        surrogate = (reconstruction.float() * (fidelity + weight * adversarial)).sum()
+        tokenizer.backward(surrogate + total(own))
+        return losses | own, {"adaptive_weight": weight} if self.last_layer is not None else {}
 
-    def _discriminator_step(self, adversary: Network, image: Tensor, output: TokenizerOutput) -> dict[str, Tensor]:
-        real, fake = adversary(image), adversary(output.reconstruction.detach().float())
+    def _discriminator_step(self, adversary: Network, image: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
+        real, fake = adversary(image), adversary(reconstruction)
         loss = discriminator_loss(real, fake, self.losses.adversarial)
         adversary.backward(loss)
         return {"discriminator": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
 
-    def _histogram(self, output: TokenizerOutput) -> Tensor:
-        return torch.bincount(output.codes.flatten(), minlength=self.tokenizer.layout.vocab_size)
+    def _histograms(self, output: TokenizerOutput) -> dict[str, Tensor]:
+        """How often each code was used, for every stream of the layout that has a codebook of its own, or a scale."""
+        streams = self.tokenizer.layout.streams
+        parts = output.codes.split([stream.n_tokens for stream in streams], dim=1)
+        return {
+            "codes" if len(streams) == 1 else f"codes_{stream.name}": torch.bincount(
+                part.flatten(), minlength=stream.vocab_size
+            )
+            for stream, part in zip(streams, parts, strict=True)
+        }
 
     def evaluate(self, batch: Batch, networks: Networks) -> dict[str, Tensor]:
         """PSNR (dB) and SSIM of reconstructions rounded to uint8, and the codes used."""
-        output = networks["tokenizer"](to_image(batch["image"]))
-        image, rounded = (pixels.permute(0, 3, 1, 2).float() for pixels in (batch["image"], to_uint8(output.reconstruction)))
-        return {"psnr": psnr(image, rounded).mean(), "ssim": ssim(image, rounded).mean(), "codes": self._histogram(output)}
+        output, reconstruction = _forward(networks["tokenizer"], to_image(batch["image"]))
+        image, rounded = (pixels.permute(0, 3, 1, 2).float() for pixels in (batch["image"], to_uint8(reconstruction)))
+        return {"psnr": psnr(image, rounded).mean(), "ssim": ssim(image, rounded).mean(), **self._histograms(output)}
 
     def draw(self, batch: Batch, networks: Networks) -> dict[str, Tensor]:
         """Images and their reconstructions, alternating."""
         images = batch["image"]
-        pairs = torch.stack([images, to_uint8(networks["tokenizer"](to_image(images)).reconstruction)], dim=1)
+        _, reconstruction = _forward(networks["tokenizer"], to_image(images))
+        pairs = torch.stack([images, to_uint8(reconstruction)], dim=1)
         return {"reconstruction": pairs.flatten(0, 1)}
 
 
@@ -124,10 +134,16 @@ class LastLayer:
     def norm(self, gradient: Tensor) -> Tensor:
         """‖∂loss/∂weight‖ for `gradient` = ∂loss/∂output."""
         layer = self.layer
-        weight_gradient = torch.nn.grad.conv2d_weight(
-            self.input.float(), layer.weight.shape, gradient, layer.stride, layer.padding, layer.dilation, layer.groups
-        )
+        shape, kept = layer.weight.shape, self.input.float()
+        weight_gradient = conv2d_weight(kept, shape, gradient, layer.stride, layer.padding, layer.dilation, layer.groups)
         return weight_gradient.norm()
+
+
+def _forward(tokenizer: Network, image: Tensor) -> tuple[TokenizerOutput, Tensor]:
+    """The tokenizer's output and its reconstruction."""
+    output: TokenizerOutput = tokenizer(image)
+    assert output.reconstruction is not None
+    return output, output.reconstruction
 
 
 def total(losses: dict[str, Tensor]) -> Tensor:

@@ -75,9 +75,9 @@ def interrupted(start, folder, arguments, seed):
             time.sleep(moments.uniform(0.0, 1.5))
         else:
             goal = before + moments.choice([2, 4])
-            assert command.kill_when(lambda goal=goal: newest_step(run) >= goal and (kill % 2 or unfinished(run)), moments), (
-                command.log.read_text()
-            )
+            assert command.kill_when(
+                lambda goal=goal, anywhere=kill % 2: newest_step(run) >= goal and (anywhere or unfinished(run)), moments
+            ), command.log.read_text()
         command.kill()
         torn += unfinished(run)
     assert torn, "no kill hit a checkpoint being written"

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
-
 from tokar.conf.schema import Ema, Optim, Strategy
 from tokar.train.strategy import Network, Trainable, Workers
+from torch import nn
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@ import json
 
 import pytest
 import torch
-
 from tokar.errors import UserError
 from tokar.train import checkpoint
 
@@ -109,10 +108,9 @@ def test_a_newer_format_is_refused(saved):
 
 
 def test_another_network_is_told_by_its_keys(saved, workers):
-    from torch import nn
-
     from tokar.conf.schema import Optim
     from tokar.train.strategy import Trainable
+    from torch import nn
 
     other = workers.wrap({"net": Trainable(nn.Linear(4, 8), {"_target_": "x"}, Optim(lr=1.0))}, None)
     with pytest.raises(UserError, match=r"weights do not fit Linear: missing weight"):

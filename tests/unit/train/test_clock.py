@@ -1,5 +1,6 @@
-import pytest
+import itertools
 
+import pytest
 from tokar.conf.duration import Duration
 from tokar.conf.schema import ScheduleConfig
 from tokar.train.clock import Clock
@@ -11,7 +12,8 @@ def at(step: int, total: int = 100) -> Clock:
 
 
 @pytest.mark.parametrize(
-    ("text", "steps"), [(7, 7), ("7 steps", 7), ("2k steps", 2000), ("100 samples", 13), ("2 epochs", 25), ("1e2", 100), ("0.5k samples", 63)]
+    ("text", "steps"),
+    [(7, 7), ("7 steps", 7), ("2k steps", 2000), ("100 samples", 13), ("2 epochs", 25), ("1e2", 100), ("0.5k samples", 63)],
 )
 def test_durations_become_steps_rounded_up(text, steps):
     assert Duration.parse(text).steps(batch_size=8, dataset_size=100) == steps
@@ -41,7 +43,7 @@ def test_schedules_start_warm_and_end_at_the_floor():
         assert values[0] == pytest.approx(0.1)
         assert values[9] == values[10] == pytest.approx(1.0)
         assert values[100] == pytest.approx(1.0 if kind == "constant" else 0.1)
-        assert all(a >= b - 1e-12 for a, b in zip(values[10:], values[11:], strict=False))
+        assert all(a >= b - 1e-12 for a, b in itertools.pairwise(values[10:]))
 
 
 def test_wsd_is_flat_then_falls_like_one_minus_sqrt():

@@ -2,7 +2,6 @@ import json
 
 import pytest
 import torch
-
 from tokar.train.clock import Clock
 from tokar.train.logging import Meters, MetricsFile
 

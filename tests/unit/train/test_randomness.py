@@ -1,5 +1,4 @@
 import torch
-
 from tokar.train.randomness import sample_uniform, seed_step
 
 

@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from tokar.conf.schema import Strategy
 from tokar.errors import UserError
 from tokar.train.strategy import Workers

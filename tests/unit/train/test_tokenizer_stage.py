@@ -1,15 +1,15 @@
 import pytest
 import torch
-from torch import nn
-
 from tokar.conf.compose import compose
 from tokar.models.tokenizers.losses import generator_loss, reconstruction_loss
 from tokar.train.clock import Clock
 from tokar.train.tokenizer import LastLayer, TokenizerStage
+from torch import nn
 
 SMALL = [
     "loop.duration=10", "data.image_size=16", "tokenizer.encoder.width=32", "tokenizer.encoder.multipliers=[1,1]",
-    "tokenizer.encoder.blocks=1", "tokenizer.decoder.blocks=1", "tokenizer.encoder.z_channels=32", "tokenizer.quantizer.codebook_size=16",
+    "tokenizer.encoder.blocks=1", "tokenizer.decoder.blocks=1", "tokenizer.encoder.z_channels=32",
+    "tokenizer.quantizer.codebook_size=16",
     "discriminator.width=8", "discriminator.layers=1", "ema=null",
 ]  # fmt: skip
 
