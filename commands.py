@@ -111,7 +111,7 @@ def _train(arguments: Arguments) -> int:
 def _encode(arguments: Arguments) -> int:
     from .conf.compose import compose
 
-    composed = compose("encode", arguments.overrides)
+    composed = compose("encode", [positional("model", arguments.run), *arguments.overrides])
     from .train.encode import encode
 
     return encode(composed)
@@ -253,8 +253,8 @@ GROUPS: dict[str, tuple[Command, ...]] = {
                 example="tokar train classifier experiment=digits_classifier"),
     ),
     "From what was trained": (
-        Command("encode", "turn images into code shards", _encode, (OVERRIDES,), stage="encode",
-                example="tokar encode model=runs/digits_vqgan out=datasets/codes"),
+        Command("encode", "turn images into code shards", _encode, (argument("run", metavar="RUN", help=RUN), OVERRIDES),
+                stage="encode", example="tokar encode runs/digits_vqgan out=datasets/digits-codes"),
         Command("sample", "draw images from a generator", _sample, (argument("run", metavar="RUN", help=RUN), OVERRIDES),
                 stage="sample", example="tokar sample runs/digits_llamagen count=100 sampling.guidance=2"),
         Command("evaluate", "measure a run, a model or a set of images", _evaluate,

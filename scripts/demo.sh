@@ -20,9 +20,21 @@ step() {
     steps+=("$(printf '%-28s %5d s' "$title" "$((SECONDS - began))")")
 }
 
+runs="$out/runs"
 step "digits to shards" "$tokar" data prepare "${place[@]}"
 step "shards intact" "$tokar" data verify "$out/datasets/digits"
-step "classifier" "$tokar" train classifier experiment=digits_classifier "${place[@]}"
+step "train the classifier" "$tokar" train classifier experiment=digits_classifier "${place[@]}"
+step "train the tokenizer" "$tokar" train tokenizer experiment=digits_vqgan "${place[@]}"
+step "images to codes" "$tokar" encode "$runs/digits_vqgan" "out=$out/datasets/digits-codes" "${place[@]}"
+step "train the generator" "$tokar" train generator experiment=digits_llamagen "${place[@]}"
+step "samples" "$tokar" sample "$runs/digits_llamagen" count=100 save=[grid,npz] scale=3 "${place[@]}"
+for run in digits_classifier digits_vqgan digits_llamagen; do
+    step "evaluate $run" "$tokar" evaluate "$runs/$run" "features.path=$runs/digits_classifier" "${place[@]}"
+done
+step "report" "$tokar" report "$runs"/digits_{classifier,vqgan,llamagen} --out "$out/report.html"
 
-say "done in $SECONDS s; everything lies in $out/"
+say "done in $SECONDS s"
 printf '  %s\n' "${steps[@]}"
+say "what came out"
+.venv/bin/python scripts/results.py "$runs"
+say "look at $out/report.html and $runs/digits_llamagen/samples/samples.png"
