@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from lpips_weights import CONVOLUTIONS, STAGE_ENDS, random_lpips
 from safetensors.torch import save_file
 from tokar.errors import UserError
 from tokar.models.tokenizers.losses import (
@@ -10,10 +11,6 @@ from tokar.models.tokenizers.losses import (
     generator_loss,
     reconstruction_loss,
 )
-
-CONVOLUTIONS = {0: (64, 3), 2: (64, 64), 5: (128, 64), 7: (128, 128), 10: (256, 128), 12: (256, 256), 14: (256, 256),
-                17: (512, 256), 19: (512, 512), 21: (512, 512), 24: (512, 512), 26: (512, 512), 28: (512, 512)}  # fmt: skip
-STAGE_ENDS = (2, 7, 14, 21, 28)
 
 
 def test_reconstruction():
@@ -58,14 +55,7 @@ def test_adaptive_weight_is_a_clamped_ratio_without_gradient():
 
 @pytest.fixture(scope="module")
 def published():
-    torch.manual_seed(0)
-    state = {}
-    for index, (wide, narrow) in CONVOLUTIONS.items():
-        state[f"features.{index}.weight"] = torch.randn(wide, narrow, 3, 3) * (2 / (9 * narrow)) ** 0.5
-        state[f"features.{index}.bias"] = torch.randn(wide) * 0.1
-    for stage, index in enumerate(STAGE_ENDS):
-        state[f"lin{stage}.model.1.weight"] = torch.rand(1, CONVOLUTIONS[index][0], 1, 1)
-    return state
+    return random_lpips()
 
 
 @pytest.fixture(scope="module")

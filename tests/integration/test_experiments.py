@@ -1,0 +1,88 @@
+"""Every shipped recipe composes, builds and takes one step: the small ones as they are, the big ones with their widths cut."""
+
+import re
+
+import numpy as np
+import pytest
+from lpips_weights import random_lpips
+from PIL import Image
+from safetensors.torch import save_file
+from tokar.conf.overrides import ROOT
+from tokar.data.prepare import prepare
+
+TEXTS = {path.stem: path.read_text() for path in sorted(ROOT.glob("experiment/*.yaml"))}
+STAGES = {name: re.search(r"^stage: (\w+)", text, re.MULTILINE)[1] for name, text in TEXTS.items()}
+TOKENIZERS = {"digits_llamagen": "digits_vqgan", "llamagen_b": "llamagen_vq16"}
+"""Whose codes each generator learns here."""
+CUT = {
+    "llamagen_vq": ["tokenizer.encoder.width=32", "tokenizer.quantizer.codebook_size=64"],
+    "llamagen_b": ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32"],
+}  # fmt: skip
+"""By the beginning of a name: what makes a recipe small while its shape, losses and optimizers stay."""
+
+
+@pytest.fixture(scope="session")
+def noise(tmp_path_factory):
+    """Shards of two classes of noise, by image size."""
+
+    def make(size):
+        source = tmp_path_factory.mktemp(f"noise{size}")
+        random = np.random.default_rng(0)
+        for place in ("train/a", "train/b", "val/a", "val/b"):
+            (source / place).mkdir(parents=True)
+            for number in range(2):
+                pixels = random.integers(0, 256, (size, size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(source / place / f"{number}.png")
+        prepare(str(source), source / "shards")
+        return source / "shards"
+
+    return {size: make(size) for size in (32, 256)}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experiments")
+    save_file(random_lpips(), folder / "lpips.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def take_step(start, noise, folder):
+    """Runs one step of a recipe, once; returns its run folder."""
+    done = {}
+
+    def take(name):
+        if name not in done:
+            done[name] = folder / "runs" / name
+            overrides = [f"experiment={name}", f"name={name}", *small(name, noise)]
+            if name in TOKENIZERS:
+                overrides += ["codes.path=null", f"codes.tokenizer={take(TOKENIZERS[name])}"]
+            if "perceptual_weight" in TEXTS[name]:
+                overrides.append("losses.lpips_weights=lpips.safetensors")
+            command = start(folder, "train", STAGES[name], *overrides)
+            assert command.wait() == 0, command.log.read_text()
+        return done[name]
+
+    return take
+
+
+def small(name, noise):
+    """Overrides for one step on noise."""
+    size = 256 if "imagenet256" in TEXTS[name] else 32
+    return [
+        f"data.path={noise[size]}", "data.train_split=train", "data.val_split=val", "data.workers=0", "loop.duration=1",
+        "loop.batch_size=2", "loop.accumulate=1", "loop.eval_samples=2", "strategy.accelerator=cpu",
+        *(override for start, overrides in CUT.items() if name.startswith(start) for override in overrides),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(TEXTS))
+def test_a_recipe_takes_a_step(take_step, name):
+    run = take_step(name)
+    assert (run / "checkpoints" / "step-00000001" / "COMPLETE").exists()
+    assert '"train/loss"' in (run / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("name", sorted(TEXTS))
+def test_a_recipe_says_how_to_run_it(name):
+    assert re.search(rf"^#   tokar train {STAGES[name]} experiment={name}\b", TEXTS[name], re.MULTILINE)
