@@ -207,7 +207,7 @@ def _parity(arguments: Arguments) -> int:
     from .models.convert.parity import run_parity
 
     reports = [run_parity(Path(file)) for file in arguments.files]
-    rows = [(report.file.name, report.family, item.name, item.note or f"{item.difference:.2e}", "ok" if item.ok else "DIFFERS")
+    rows = [(report.file.name, report.family, item.name, item.note or f"{item.difference:.2e}", item.verdict)
             for report in reports for item in report.comparisons]  # fmt: skip
     table([("file", "family", "output", "largest difference", ""), *rows])
     return 0 if all(report.ok for report in reports) else 1

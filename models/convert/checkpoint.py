@@ -15,8 +15,9 @@ from torch import Tensor
 from ...errors import UserError
 from ..build import read_weights
 
-WRAPPERS = ("ema", "model", "module", "state_dict")
+WRAPPERS = ("ema", "model", "module", "state_dict", "trainer", "vae_local")
 _PREFIXES = ("module.", "_orig_mod.")
+_DOTTED = ("trainer.vae_local.",)  # VAR's trainer, flattened: its tokenizer beside a generator that has the rest
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -53,8 +54,9 @@ def _refusal(path: Path, error: Exception) -> UserError:
 def unwrap(checkpoint: Mapping[str, Any], *, where: object = None) -> tuple[dict[str, Tensor], str]:
     """The bare state dict, and the wrapper key it lay under (`""` when raw).
 
-    Averaged weights (`ema`) are preferred, then `model`, `module`, `state_dict`; `module.` and `_orig_mod.`, which
-    data-parallel wrappers and `torch.compile` leave in names, are removed.
+    Averaged weights (`ema`) are preferred, then `model`, `module`, `state_dict`; of VAR's trainer checkpoints its tokenizer
+    (`trainer.vae_local`). `module.` and `_orig_mod.`, which data-parallel wrappers and `torch.compile` leave in names, are
+    removed.
 
     Raises:
         UserError: no tensors in it, or two names fall together.
@@ -67,6 +69,9 @@ def unwrap(checkpoint: Mapping[str, Any], *, where: object = None) -> tuple[dict
     tensors = {name: value for name, value in inner.items() if isinstance(value, Tensor)}
     if not tensors:
         raise UserError("holds no weights", where=where, fix=f"expected tensors, bare or under one of {', '.join(WRAPPERS)}")
+    for prefix in _DOTTED:
+        if below := {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}:
+            tensors, path = below, [prefix.rstrip(".")]
     state = {_bare(name): value for name, value in tensors.items()}
     if len(state) != len(tensors):
         raise UserError("two names are equal once wrapper prefixes are removed", where=where, fix="save one state dict alone")

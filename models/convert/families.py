@@ -15,6 +15,9 @@ from .family import Family, shapes_of
 _FAMILIES = {
     "llamagen_vq": "llamagen.LlamaGenVQ",
     "llamagen_gpt": "llamagen_gpt.LlamaGenGPT",
+    "gigatok_1d": "gigatok.GigaTok1D",
+    "gigatok_2d": "gigatok.GigaTok2D",
+    "var_vqvae": "var.VARVQVAE",
 }
 
 
@@ -37,6 +40,12 @@ def get(name: str) -> Family:
     return family
 
 
+def find(state: Mapping[str, Tensor]) -> Family | None:
+    """The family whose key names these are, if any; `state` without wrappers and prefixes (see `checkpoint.unwrap`)."""
+    shapes = shapes_of(state)
+    return next((get(name) for name in _FAMILIES if get(name).recognise(shapes)), None)
+
+
 def recognise(state: Mapping[str, Tensor], *, where: object = None) -> Family:
     """The family whose key names these are.
 
@@ -47,9 +56,7 @@ def recognise(state: Mapping[str, Tensor], *, where: object = None) -> Family:
     Raises:
         UserError: none claims it.
     """
-    shapes = shapes_of(state)
-    for name in _FAMILIES:
-        if get(name).recognise(shapes):
-            return get(name)
-    first = ", ".join(list(shapes)[:3]) or "no tensors"
+    if family := find(state):
+        return family
+    first = ", ".join(list(state)[:3]) or "no tensors"
     raise UserError(f"weights of no known family ({first}, …)", where=where, fix=f"known families: {', '.join(_FAMILIES)}")

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from ...errors import UserError
 from ..build import build, load_strict
 from .checkpoint import full_precision
-from .families import recognise
+from .families import find, recognise
 from .family import Family, shapes_of
 
 TOLERANCE = 1e-4
+_MISSING = "not available"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class Comparison:
         """Within the tolerance."""
         return self.difference <= self.tolerance
 
+    @property
+    def verdict(self) -> str:
+        """One word for a table."""
+        return "ok" if self.ok else "MISSING" if self.note.startswith(_MISSING) else "DIFFERS"
+
 
 @dataclass(frozen=True)
 class ParityReport:
@@ -71,14 +77,27 @@ def run_parity(file: Path) -> ParityReport:
     """
     groups, config = _read(file)
     inputs, expected = groups.pop("in", {}), groups.pop("out", {})
-    families = {part: recognise(state, where=file) for part, state in groups.items()}
-    family = next((family for family in families.values() if set(family.parts) == set(groups)), None)
-    if family is None:
-        raise UserError(f"no family has the parts {', '.join(groups) or '(none)'}", where=file, fix="see the parity layout")
-    models = {part: load_original(families[part], groups[part], config, where=file) for part in groups}
+    families = {part: family for part, state in groups.items() if (family := find(state))}
+    family = _family_of(groups, families, where=file)
+    models = {part: load_original(found, groups[part], config, where=file) for part, found in families.items()}
     with torch.inference_mode():
         ours = family.answers(models, inputs, config)
-    return ParityReport(file, family.name, tuple(compare(name, ours.get(name), answer) for name, answer in expected.items()))
+    unread = ", ".join(f"{part}.*" for part in groups if part not in families)
+    missing = f"{_MISSING} yet: no model for {unread}" if unread else f"{_MISSING} from our model"
+    results = tuple(compare(name, ours.get(name), answer, missing) for name, answer in expected.items())
+    return ParityReport(file, family.name, results)
+
+
+def _family_of(groups: Mapping[str, dict[str, Tensor]], families: Mapping[str, Family], *, where: Path) -> Family:
+    """The family that answers for all groups, or that of the only group that any family reads."""
+    whole = next((family for family in families.values() if set(family.parts) == set(groups)), None)
+    if whole is not None:
+        return whole
+    if len(families) == 1:
+        return next(iter(families.values()))
+    if groups and not families:
+        recognise(next(iter(groups.values())), where=where)  # raises: says what is unknown
+    raise UserError(f"no family has the parts {', '.join(groups) or '(none)'}", where=where, fix="see the parity layout")
 
 
 def load_original(family: Family, state: Mapping[str, Tensor], config: Mapping[str, Any], *, where: object) -> nn.Module:
@@ -94,11 +113,11 @@ def load_original(family: Family, state: Mapping[str, Tensor], config: Mapping[s
     return model.eval()
 
 
-def compare(name: str, ours: Tensor | None, answer: Tensor) -> Comparison:
+def compare(name: str, ours: Tensor | None, answer: Tensor, missing: str = f"{_MISSING} from our model") -> Comparison:
     """Floats relative to the answer's largest absolute value, within 1e-4; integers and booleans must be equal."""
     tolerance = TOLERANCE if answer.is_floating_point() else 0.0
     if ours is None:
-        return Comparison(name, float("inf"), tolerance, "not computed by our model")
+        return Comparison(name, float("inf"), tolerance, missing)
     if ours.shape != answer.shape:
         return Comparison(name, float("inf"), tolerance, f"shape {tuple(ours.shape)}, not {tuple(answer.shape)}")
     if not answer.is_floating_point():

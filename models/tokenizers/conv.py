@@ -228,3 +228,15 @@ class ConvDecoder(nn.Module):
         for level in self.levels:
             h = level(h)
         return self.conv_out(F.silu(self.norm_out(h)))
+
+
+def check_halves(encoder: ConvEncoder, decoder: ConvDecoder) -> None:
+    """A decoder must undo its encoder.
+
+    Raises:
+        ValueError: `z_channels` or `stride` differ.
+    """
+    for name in ("z_channels", "stride"):
+        ours, theirs = getattr(encoder, name), getattr(decoder, name)
+        if ours != theirs:
+            raise ValueError(f"{name} is {ours} in the encoder, {theirs} in the decoder; make them equal")

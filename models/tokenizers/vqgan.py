@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...errors import UserError
 from ...ranges import PositiveInt
 from .base import Tokenizer, TokenizerOutput
-from .conv import ConvDecoder, ConvEncoder
+from .conv import ConvDecoder, ConvEncoder, check_halves
 from .layout import TokenLayout, raster_layout
 from .quantizers import Quantizer
 
@@ -39,10 +39,7 @@ class VQGAN(Tokenizer):
         image_size: PositiveInt | Sequence[PositiveInt] = 256,
     ) -> None:
         super().__init__()
-        for name in ("z_channels", "stride"):
-            ours, theirs = getattr(encoder, name), getattr(decoder, name)
-            if ours != theirs:
-                raise ValueError(f"{name} is {ours} in the encoder, {theirs} in the decoder; make them equal")
+        check_halves(encoder, decoder)
         self.encoder, self.decoder, self.quantizer = encoder, decoder, quantizer
         self.stride = encoder.stride
         self.quant_conv = nn.Conv2d(encoder.z_channels, quantizer.dim, 1)

@@ -1,0 +1,290 @@
+"""Multi-scale tokenizers: VAR's residual pyramid, and FlexVAR's, whose every scale stands for the whole image.
+
+Shapes: `B` batch, `D` code width, `h`, `w` the finest grid, `n` tokens of one scale, `N` tokens of all scales, coarse first.
+What a generator accumulates scale by scale is called f̂ (`f_hat`).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...errors import UserError
+from ...ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
+from .base import Tokenizer, TokenizerOutput
+from .conv import ConvDecoder, ConvEncoder, check_halves
+from .layout import Stream, TokenLayout
+from .multiscale_quantizer import Grid, MultiScaleQuantizer, enlarge, grids_of, shrink, to_grid, to_tokens
+from .quantizers import Quantizer
+
+
+class MultiScaleTokenizer(Tokenizer):
+    """What the two kinds share: encoder → convolution → (quantizer) → convolution → decoder, and codes by scale.
+
+    Args:
+        encoder: image to `[B, z_channels, h, w]`.
+        decoder: the way back; same `z_channels` and `stride`.
+        quantizer: whose `codebook_size` and `dim` all scales share.
+        grids: rows and columns of each scale, the finest last.
+        image_size: in pixels; `None` takes what the finest grid describes.
+        kernel: side of the convolutions before and after the quantizer.
+
+    Raises:
+        ValueError: the parts do not fit each other, or not the image.
+    """
+
+    def __init__(
+        self,
+        encoder: ConvEncoder,
+        decoder: ConvDecoder,
+        quantizer: MultiScaleQuantizer | Quantizer,
+        grids: tuple[Grid, ...],
+        image_size: int | Sequence[int] | None,
+        kernel: int,
+    ) -> None:
+        super().__init__()
+        check_halves(encoder, decoder)
+        if kernel % 2 == 0:
+            raise ValueError(f"kernel {kernel} has no centre; make it odd")
+        self.encoder, self.decoder, self.grids = encoder, decoder, grids
+        self.quant_conv = nn.Conv2d(encoder.z_channels, quantizer.dim, kernel, padding=kernel // 2)
+        self.post_quant_conv = nn.Conv2d(quantizer.dim, decoder.z_channels, kernel, padding=kernel // 2)
+        size = (grids[-1][0] * encoder.stride, grids[-1][1] * encoder.stride)
+        wanted = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size or size)
+        if wanted != size:
+            raise ValueError(
+                f"the finest scale {grids[-1]} at stride {encoder.stride} describes {size} pixels, not image_size {wanted}; "
+                "change the last scale, the encoder's multipliers or image_size"
+            )
+        streams = tuple(
+            Stream(f"scale{k}", grid[0] * grid[1], quantizer.codebook_size, quantizer.dim, grid, k)
+            for k, grid in enumerate(grids)
+        )
+        self.layout = TokenLayout("multiscale", streams, size, encoder.stride, prefix_decodable=True)
+
+    @abstractmethod
+    def start(self, batch: int) -> Tensor:
+        """f̂ before any scale."""
+
+    @abstractmethod
+    def add_scale(self, f_hat: Tensor, k: int, values: Tensor) -> Tensor:
+        """f̂ after scale `k`: codes `[B, n]` (integer), or vectors `[B, n, D]` in their place."""
+
+    @abstractmethod
+    def next_input(self, f_hat: Tensor, k: int) -> Tensor:
+        """What a generator sees of f̂, after scale `k`, when it predicts scale `k + 1`: `[B, n, D]` on that scale's grid."""
+
+    def latent(self, image: Tensor) -> Tensor:
+        """The latent `[B, D, h, w]` of images `[B, 3, H, W]` in [-1, 1], before quantization.
+
+        Raises:
+            UserError: the image has another size than the layout says.
+        """
+        height, width = self.layout.image_size
+        if image.shape[-2:] != self.layout.image_size:
+            raise UserError(
+                f"an image of {image.shape[-2]}x{image.shape[-1]} pixels does not fit the scales of this tokenizer",
+                fix=f"use {height}x{width} pixels, or change the scales",
+            )
+        return self.quant_conv(self.encoder(image))
+
+    def split(self, codes: Tensor) -> list[Tensor]:
+        """Codes `[B, N]` by scale, `[B, n]` each.
+
+        Raises:
+            UserError: the number of codes is not that of the layout.
+        """
+        if codes.shape[1] != self.layout.total_tokens:
+            raise UserError(
+                f"{codes.shape[1]} codes per image, but the layout has {self.layout.total_tokens}",
+                fix="give the codes of all scales, coarse first",
+            )
+        return list(codes.split([stream.n_tokens for stream in self.layout.streams], dim=1))
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """The quantized latent `[B, D, h, w]` of codes `[B, N]`."""
+        return self._grow(self.split(codes))
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Images (not clamped) from codes `[B, N]` (integer), or from a latent `[B, D, h, w]` (float)."""
+        latent = latent if latent.is_floating_point() else self.embed(latent)
+        return self.decoder(self.post_quant_conv(latent.to(self.post_quant_conv.weight.dtype)))
+
+    def decode_partial(self, codes: Tensor, k: int) -> Tensor:
+        """Images `[B, 3, H, W]` from the first `k` of codes `[B, N]`: whole scales.
+
+        Raises:
+            UserError: `k` tokens end inside a scale.
+        """
+        ends = list(accumulate(stream.n_tokens for stream in self.layout.streams))
+        if k not in ends:
+            allowed = ", ".join(map(str, ends))
+            raise UserError(f"the first {k} tokens are not whole scales", fix=f"decode one of {allowed} tokens")
+        return self.decode(self._grow(self.split(codes)[: ends.index(k) + 1]))
+
+    def teacher_inputs(self, codes: Tensor) -> Tensor:
+        """`next_input` after every scale but the last, `[B, N − n₀, D]`: what teacher forcing feeds for codes `[B, N]`.
+
+        The first scale has no input of this kind: generators begin it with their condition.
+        """
+        f_hat, inputs = self.start(len(codes)), []
+        for k, part in enumerate(self.split(codes)[:-1]):
+            f_hat = self.add_scale(f_hat, k, part)
+            inputs.append(self.next_input(f_hat, k))
+        return torch.cat(inputs, dim=1) if inputs else codes.new_zeros(len(codes), 0, f_hat.shape[1], dtype=torch.float32)
+
+    def last_layer(self) -> nn.Module:
+        """The convolution that writes the pixels."""
+        return self.decoder.conv_out
+
+    def _grow(self, parts: Sequence[Tensor]) -> Tensor:
+        f_hat = self.start(len(parts[0]))
+        for k, part in enumerate(parts):
+            f_hat = self.add_scale(f_hat, k, part)
+        return f_hat
+
+
+class MultiScaleVQ(MultiScaleTokenizer):
+    """VAR's VQVAE: the scales of a residual pyramid add up to the latent.
+
+    f̂ is `[B, D, h, w]` on the finest grid throughout.
+
+    Args:
+        encoder: image to `[B, z_channels, h, w]`, `h` and `w` the quantizer's last scale.
+        decoder: the way back; same `z_channels` and `stride`.
+        quantizer: the pyramid.
+        image_size: side, or height and width, in pixels; checked against the finest scale.
+        kernel: side of the convolutions before and after the quantizer (VAR: 3).
+
+    Raises:
+        ValueError: the parts do not fit each other, or not the image.
+    """
+
+    def __init__(
+        self,
+        encoder: ConvEncoder,
+        decoder: ConvDecoder,
+        quantizer: MultiScaleQuantizer,
+        image_size: PositiveInt | Sequence[PositiveInt] | None = None,
+        kernel: PositiveInt = 3,
+    ) -> None:
+        super().__init__(encoder, decoder, quantizer, quantizer.grids, image_size, kernel)
+        self.quantizer = quantizer
+
+    def encode(self, image: Tensor) -> TokenizerOutput:
+        """Codes `[B, N]` and latents `[B, D, h, w]` of images `[B, 3, H, W]` in [-1, 1]."""
+        z = self.latent(image)
+        quantized = self.quantizer(z)
+        return TokenizerOutput(quantized.indices, z, quantized.latent, quantized.losses)
+
+    def start(self, batch: int) -> Tensor:
+        """Zeros `[B, D, h, w]`."""
+        return self.quantizer.start(batch)
+
+    def add_scale(self, f_hat: Tensor, k: int, values: Tensor) -> Tensor:
+        """f̂ + φ(up(values)), `[B, D, h, w]`."""
+        return self.quantizer.add_scale(f_hat, k, values)
+
+    def next_input(self, f_hat: Tensor, k: int) -> Tensor:
+        """f̂ area-downsampled to the grid of scale `k + 1`, `[B, n, D]`."""
+        return self.quantizer.next_input(f_hat, k)
+
+
+class FlexVAR(MultiScaleTokenizer):
+    """FlexVAR's tokenizer (Jiao et al. 2025): no residual; each scale quantizes the area-downsampled latent itself.
+
+    Every scale alone decodes to an image of its own size, so any schedule of scales can be generated. To that end training
+    draws grids anew at each step: they are quantized like the others, and their decoded images are compared (L2, the loss
+    `coarse`) with the image shrunk to their size. f̂ is the newest scale alone, `[B, D, rows, columns]` on its own grid.
+    The original trainer is not public; that losses of the perceptual kind see only full-size images is ours.
+
+    Args:
+        encoder: image to `[B, z_channels, h, w]`, `h` and `w` the last scale.
+        decoder: the way back; same `z_channels` and `stride`.
+        quantizer: any `Quantizer`; FlexVAR's has 4096 unit vectors of width 32.
+        scales: side of each grid, or [rows, columns], coarse first.
+        image_size: side, or height and width, in pixels; checked against the finest scale.
+        kernel: side of the convolutions before and after the quantizer.
+        drawn_scales: grids drawn at each training step, from one row to one less than the finest has. The draw follows
+            torch's RNG; sizes that change make `torch.compile` recompile.
+        coarse_weight: weight of the loss `coarse`.
+
+    Raises:
+        ValueError: the parts do not fit each other or the image, or more grids are to be drawn than there are.
+    """
+
+    def __init__(
+        self,
+        encoder: ConvEncoder,
+        decoder: ConvDecoder,
+        quantizer: Quantizer,
+        scales: Sequence[PositiveInt | Sequence[PositiveInt]] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        image_size: PositiveInt | Sequence[PositiveInt] | None = None,
+        kernel: PositiveInt = 1,
+        drawn_scales: NonNegativeInt = 2,
+        coarse_weight: NonNegativeFloat = 1.0,
+    ) -> None:
+        grids = grids_of(scales)
+        super().__init__(encoder, decoder, quantizer, grids, image_size, kernel)
+        if drawn_scales >= grids[-1][0]:
+            raise ValueError(f"drawn_scales {drawn_scales} exceeds the {grids[-1][0] - 1} grids below the finest; lower it")
+        self.quantizer, self.drawn_scales, self.coarse_weight = quantizer, drawn_scales, coarse_weight
+
+    def encode(self, image: Tensor) -> TokenizerOutput:
+        """Codes `[B, N]` of all scales; the latents `[B, D, h, w]` are those of the finest."""
+        return self._encode(image, ())[0]
+
+    def forward(self, image: Tensor, auxiliary: bool = False) -> TokenizerOutput:
+        """Reconstruct from the finest scale; in training also from the scales drawn."""
+        drawn = self._draw() if self.training else ()
+        output, maps = self._encode(image, drawn)
+        output.reconstruction = self.decode(output.z_quantized)
+        if drawn:
+            fakes = [self.decode(part).float() for part in maps]
+            errors = [F.mse_loss(fake, shrink(image, (fake.shape[2], fake.shape[3]))) for fake in fakes]
+            output.losses["coarse"] = self.coarse_weight * torch.stack(errors).mean()
+        return output
+
+    def start(self, batch: int) -> Tensor:
+        """Zeros `[B, D, rows, columns]` on the grid of the first scale."""
+        return torch.zeros(batch, self.quantizer.dim, *self.grids[0], device=self.quant_conv.weight.device)
+
+    def add_scale(self, f_hat: Tensor, k: int, values: Tensor) -> Tensor:
+        """The vectors of scale `k` on its own grid, `[B, D, rows, columns]`; nothing of `f_hat` stays."""
+        if values.is_floating_point():
+            return to_grid(values.float(), self.grids[k])
+        return self.quantizer.embed(values.unflatten(1, self.grids[k]))
+
+    def next_input(self, f_hat: Tensor, k: int) -> Tensor:
+        """The vectors of scale `k` upsampled to the grid of scale `k + 1`, `[B, n, D]`."""
+        return to_tokens(enlarge(f_hat, self.grids[k + 1]))
+
+    def decode_partial(self, codes: Tensor, k: int) -> Tensor:
+        """Images `[B, 3, H, W]` from the last of the scales that make up the first `k` codes, enlarged to full size.
+
+        Raises:
+            UserError: `k` tokens end inside a scale.
+        """
+        return enlarge(super().decode_partial(codes, k), self.layout.image_size)
+
+    def _encode(self, image: Tensor, drawn: Sequence[Grid]) -> tuple[TokenizerOutput, list[Tensor]]:
+        """The output of `encode`, and the quantized maps of the grids drawn besides."""
+        z = self.latent(image)
+        grids = (*self.grids, *drawn)
+        # Downsampled after quant_conv; all tokens pass the quantizer at once, which makes it one step for its counts.
+        quantized = self.quantizer(torch.cat([shrink(z, grid).flatten(2) for grid in grids], dim=2))
+        parts = quantized.latent.split([rows * columns for rows, columns in grids], dim=2)
+        maps = [part.unflatten(2, grid) for part, grid in zip(parts, grids, strict=True)]
+        codes = quantized.indices[:, : self.layout.total_tokens]
+        last = len(self.grids) - 1
+        return TokenizerOutput(codes, z, maps[last], quantized.losses), maps[last + 1 :]
+
+    def _draw(self) -> list[Grid]:
+        height, width = self.grids[-1]
+        rows = (torch.randperm(height - 1)[: self.drawn_scales] + 1).tolist()
+        return [(side, max(1, round(side * width / height))) for side in rows]
