@@ -35,6 +35,10 @@ __all__ = ["inspect", "prepare", "verify"]
 BAD_NAME = "bad.jsonl"
 
 
+SPLIT = "{split}"
+"""Stands in a source for the name of each split."""
+
+
 def prepare(
     source: str,
     out: str | Path,
@@ -52,7 +56,7 @@ def prepare(
     """Write a source as WebDataset shards under `out/{split}/`; run again to finish what was interrupted.
 
     Args:
-        source: see `sources.open_source`.
+        source: see `sources.open_source`; `{split}` in it stands for the name of each split.
         out: folder to create.
         splits: which; `None`: all that the source has.
         size: resize the shorter side to this many pixels (ADM's rule); `None`: as they are.
@@ -73,18 +77,25 @@ def prepare(
         UserError: bad source, changed settings, a bad item under `fail`, no usable item, an unwritable or full disk.
     """
     _check_options(size, workers, shard_size, format, quality, on_bad)
+    chosen = _chosen_splits(source, splits)
+    result = {}
+    for split in chosen:
+        started = time.monotonic()
+        spec, folder = source.replace(SPLIT, split), Path(out) / split
+        job = _plan(open_source(spec, split), spec, folder, size, crop, shard_size, format, quality, on_bad)
+        summary = _run(job, workers, progress, split)
+        result[split] = {**summary, "folder": str(folder), "seconds": round(time.monotonic() - started, 2)}
+    return result
+
+
+def _chosen_splits(source: str, splits: Sequence[str] | None) -> list[str]:
+    if SPLIT in source:  # a source for each split: what it lacks is said when it is opened
+        return list(splits or ("train", "val"))
     chosen = list(splits) if splits else available_splits(source)
     if len(chosen) > 1 and not set(chosen) <= set(available_splits(source)):
         missing = sorted(set(chosen) - set(available_splits(source)))
         raise UserError(f"no split {missing[0]!r}", where=source, fix=f"it has: {', '.join(available_splits(source))}")
-    result = {}
-    for split in chosen:
-        started = time.monotonic()
-        opened, folder = open_source(source, split), Path(out) / split
-        job = _plan(opened, source, folder, size, crop, shard_size, format, quality, on_bad)
-        summary = _run(job, workers, progress, split)
-        result[split] = {**summary, "folder": str(folder), "seconds": round(time.monotonic() - started, 2)}
-    return result
+    return chosen
 
 
 def _check_options(size: int | None, workers: int, shard_size: int, format: str, quality: int, on_bad: str) -> None:

@@ -319,6 +319,15 @@ def test_a_killed_worker_is_one_line(class_folder, tmp_path, monkeypatch):
         prepare(str(class_folder), tmp_path / "out", workers=1, shard_size=5)
 
 
+def test_a_source_for_each_split(class_folder, tmp_path):
+    for split in ("train", "test"):
+        shutil.copytree(class_folder, tmp_path / f"set-{split}")
+    done = prepare(str(tmp_path / "set-{split}"), tmp_path / "out", splits=["train", "test"])
+    assert set(done) == {"train", "test"}
+    with pytest.raises(UserError, match="set-val"):
+        prepare(str(tmp_path / "set-{split}"), tmp_path / "out")
+
+
 def test_splits_of_the_source_are_the_default(class_folder, tmp_path):
     root = tmp_path / "set"
     root.mkdir()
