@@ -49,7 +49,7 @@ class Paths(Node):
 class Data(Node):
     """A data set, how it is prepared, and how it is read while training."""
 
-    source: Text = Field(description="digits, folders of classes, a zip of them, or WebDataset tars; {split} in it is each split")
+    source: Text = Field(description="digits, folders of classes, zips of them, or tars; {split} stands for each split")
     path: Text = Field(description="folder of prepared shards")
     train_split: str = Field("train", description="name of the split to learn from")
     val_split: str = Field("val", description="name of the split to measure on")

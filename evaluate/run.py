@@ -16,7 +16,7 @@ from ..conf.schema import Data, Evaluate, Sampling
 from ..data.progress import progress_bar
 from ..data.stream import to_image
 from ..errors import UserError
-from ..models.build import load_model, locate_model, weights_hash
+from ..models.build import load_model, locate_model, pick_device, weights_hash
 from ..models.classifier import Classifier
 from ..models.generators.base import Generator
 from ..models.open import open_generator
@@ -38,7 +38,7 @@ def evaluate(composed: Composed) -> int:
     target = Path(config.target)
     if not target.exists():
         raise UserError("no such file or folder", where=target, fix="point at a run, a model, an .npz or a folder of images")
-    device = torch.device("cuda" if config.strategy.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+    device = pick_device(config.strategy.accelerator)
     task = Task(config, composed.plain.get("sampling") or {}, target, device)
     result = task.result()
     folder = Path(config.out) if config.out else (task.run / "evaluation" if task.run else target.parent / "evaluation")

@@ -155,6 +155,17 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def pick_device(accelerator: str) -> torch.device:
+    """`cpu`, `cuda`, or with `auto` the GPU where there is one.
+
+    Raises:
+        UserError: a GPU is asked for and none is visible.
+    """
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise UserError("no GPU is visible", where="strategy.accelerator=cuda", fix="set strategy.accelerator=auto or cpu")
+    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def locate_model(path: Path, name: str | None = None) -> Path:
     """The model folder that `path` means: itself, or the main network of a checkpoint or of a run's newest one.
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-
 from tokar.evaluate.protocol import Result
 
 

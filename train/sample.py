@@ -15,8 +15,8 @@ from ..errors import UserError
 from ..evaluate.console import say
 from ..evaluate.images import save_folder, save_grid, save_npz
 from ..evaluate.samples import class_ids, decode_batches, draw_codes
+from ..models.build import pick_device
 from ..models.open import OpenedGenerator, open_generator
-from .strategy import Workers
 
 GRID_LIMIT = 1024
 """Pictures in one grid: more is no picture any more."""
@@ -29,7 +29,7 @@ def sample(composed: Composed) -> int:
         raise UserError(
             f"{config.count} pictures do not fit one grid", where="save", fix=f"set count={GRID_LIMIT}, or save=[npz]"
         )
-    device = Workers(config.strategy).device
+    device = pick_device(config.strategy.accelerator)
     place = Path(config.decode_with) if config.decode_with else None
     opened = open_generator(Path(config.model), tokenizer=place, ema=config.ema)
     opened.tokenizer.to(device)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..conf.schema import Ema as EmaConfig
 from ..conf.schema import Optim
 from ..conf.schema import Strategy as StrategyConfig
-from ..errors import UserError
+from ..models.build import pick_device
 from .ema import Ema
 from .optim import make_optimizer
 
@@ -81,8 +81,7 @@ class Workers:
     """The processes of a run and their devices."""
 
     def __init__(self, config: StrategyConfig) -> None:
-        if config.accelerator == "cuda" and not torch.cuda.is_available():
-            raise UserError("no GPU is visible", where="strategy.accelerator=cuda", fix="set strategy.accelerator=auto or cpu")
+        pick_device(config.accelerator)
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 TOKENIZER = [
     "train", "tokenizer", "tokenizer.encoder.width=32", "tokenizer.encoder.multipliers=[1,1]", "tokenizer.encoder.blocks=1",
-    "tokenizer.decoder.blocks=1", "tokenizer.encoder.z_channels=32", "tokenizer.quantizer.codebook_size=32", "discriminator=null",
+    "tokenizer.decoder.blocks=1", "tokenizer.encoder.z_channels=32", "tokenizer.quantizer.codebook_size=32",
+    "discriminator=null",
     "data.image_size=16", "data.flip=true", "loop.duration=6", "loop.batch_size=10", "loop.log_every=1", "loop.eval_samples=30",
     "strategy.accelerator=cpu", "strategy.threads=1", "paths.runs=.", "name=run",
 ]  # fmt: skip

@@ -3,7 +3,8 @@
 import json
 
 RUN = [
-    "train", "classifier", "classifier.width=8", "data.image_size=16", "loop.duration=6", "loop.batch_size=8", "loop.log_every=2",
+    "train", "classifier", "classifier.width=8", "data.image_size=16", "loop.duration=6", "loop.batch_size=8",
+    "loop.log_every=2",
     "loop.save_every=3", "loop.eval_samples=16", "logger=wandb_offline", "strategy.accelerator=cpu", "paths.runs=.", "name=run",
 ]  # fmt: skip
 
