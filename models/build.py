@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from torch import Tensor, nn
 from ..errors import UserError
 
 CONFIG_NAME, WEIGHTS_NAME, EMA_NAME = "config.json", "model.safetensors", "ema.safetensors"
+MARKER = "COMPLETE"
+"""Written last into a checkpoint: size and SHA-256 of every file in it."""
 
 
 def build(node: Any, *, trusted: bool = True) -> Any:
@@ -42,7 +46,8 @@ def build(node: Any, *, trusted: bool = True) -> Any:
         try:
             return target(**values)
         except (TypeError, ValueError) as error:
-            raise UserError(str(error), where=node["_target_"], fix="correct the arguments of this node") from error
+            fix = "" if "; " in str(error) else "correct the arguments of this node"  # ours say what to do themselves
+            raise UserError(str(error), where=node["_target_"], fix=fix) from error
     if isinstance(node, list | tuple):
         return [build(value, trusted=trusted) for value in node]
     return node
@@ -72,7 +77,22 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     content = {"model": dict(node), **(extra or {})}
     (folder / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n")
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}, folder / WEIGHTS_NAME)
+    save_weights({name: tensor.detach().clone() for name, tensor in weights.items()}, folder / WEIGHTS_NAME)
+
+
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors, no two of which share memory, as safetensors.
+
+    Raises:
+        OSError: the disk is full, or the place cannot be written.
+    """
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
+    except SafetensorError as error:  # it hides what the system said in its text
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def load_model(folder: Path, *, ema: bool = True, device: str | torch.device = "cpu", trusted: bool = False) -> nn.Module:
@@ -96,10 +116,32 @@ def load_model(folder: Path, *, ema: bool = True, device: str | torch.device = "
         ) from error
     with torch.device("meta"):
         model = build(node, trusted=trusted)
-    weights_file = folder / (EMA_NAME if ema and (folder / EMA_NAME).exists() else WEIGHTS_NAME)
-    weights = read_weights(weights_file)
-    load_strict(model, weights, where=weights_file)
+    file = _weights_file(folder, ema)
+    load_strict(model, read_weights(file), where=file)
     return model.to(device).eval()
+
+
+def _weights_file(folder: Path, ema: bool) -> Path:
+    """The weights of a model folder; in a checkpoint they must be those that its marker records.
+
+    Raises:
+        UserError: they changed after they were written.
+    """
+    file = folder / (EMA_NAME if ema and (folder / EMA_NAME).exists() else WEIGHTS_NAME)
+    marker = folder.parent / MARKER
+    if marker.is_file() and file.is_file():
+        recorded = _read_json(marker).get(f"{folder.name}/{file.name}", {}).get("sha256")
+        with file.open("rb") as content:
+            if recorded not in (None, hashlib.file_digest(content, "sha256").hexdigest()):
+                raise UserError("changed after it was written", where=file, fix="point at another checkpoint of the run")
+    return file
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError("the checkpoint is damaged", where=path, fix="point at another checkpoint of the run") from error
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -178,12 +220,12 @@ def locate_model(path: Path, name: str | None = None) -> Path:
     """
     if (path / CONFIG_NAME).is_file():
         return path
-    complete = [marker.parent for marker in sorted(path.glob("checkpoints/step-*/COMPLETE"))]
-    checkpoint = path if (path / "COMPLETE").is_file() else complete[-1] if complete else None
+    complete = [marker.parent for marker in sorted(path.glob(f"checkpoints/step-*/{MARKER}"))]
+    checkpoint = path if (path / MARKER).is_file() else complete[-1] if complete else None
     if checkpoint is None:
         what = "no model here" if path.exists() else "no such file or folder"
         raise UserError(what, where=path, fix="point at a run with a checkpoint, or at an exported model")
-    return checkpoint / (name or json.loads((checkpoint / "state.json").read_text())["main"])
+    return checkpoint / (name or str(_read_json(checkpoint / "state.json").get("main")))
 
 
 def export_model(source: Path, out: Path, *, ema: bool = True) -> Path:
@@ -198,9 +240,8 @@ def export_model(source: Path, out: Path, *, ema: bool = True) -> Path:
         UserError: there is no model, or its weights cannot be read.
     """
     folder = locate_model(source)
-    weights = folder / (EMA_NAME if ema and (folder / EMA_NAME).exists() else WEIGHTS_NAME)
     node = json.loads((folder / CONFIG_NAME).read_text())["model"]
-    save_model(out, node, read_weights(weights), model_facts(folder))
+    save_model(out, node, read_weights(_weights_file(folder, ema)), model_facts(folder))
     return out
 
 

@@ -18,16 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError
-from ..models.build import EMA_NAME, WEIGHTS_NAME, check_fit, read_weights, save_model
+from ..models.build import CONFIG_NAME, EMA_NAME, MARKER, WEIGHTS_NAME, check_fit, read_weights, save_model, save_weights
 from .optim import export_state, import_state
 from .strategy import Network
 
 FORMAT = 1
-MARKER, STATE_NAME, OPTIM_NAME, METERS_NAME = "COMPLETE", "state.json", "optim.safetensors", "meters.safetensors"
+STATE_NAME, OPTIM_NAME, METERS_NAME = "state.json", "optim.safetensors", "meters.safetensors"
 Warn = Callable[[str], None]
 
 
@@ -56,7 +55,7 @@ def save(folder: Path, networks: Mapping[str, Network], meters: Mapping[str, Ten
         temporary.mkdir(parents=True)
         for name, network in networks.items():
             _save_network(temporary / name, network)
-        save_file({key: value.detach().cpu().contiguous() for key, value in meters.items()}, temporary / METERS_NAME)
+        save_weights(meters, temporary / METERS_NAME)
         (temporary / STATE_NAME).write_text(json.dumps({"format": FORMAT, **state}, indent=1) + "\n")
         _write_marker(temporary)
         if final.exists():  # the same step again, after a fall back to an older checkpoint
@@ -76,12 +75,9 @@ def save(folder: Path, networks: Mapping[str, Network], meters: Mapping[str, Ten
 def _save_network(folder: Path, network: Network) -> None:
     trainable = network.trainable
     save_model(folder, trainable.node, network.module.state_dict(), trainable.facts)
-    optim = export_state(network.optimizer, network.module)
-    save_file({key: value.cpu().contiguous() for key, value in optim.items()}, folder / OPTIM_NAME)
+    save_weights(export_state(network.optimizer, network.module), folder / OPTIM_NAME)
     if network.ema is not None:
-        save_file(
-            {key: value.detach().cpu().contiguous().clone() for key, value in network.ema.state().items()}, folder / EMA_NAME
-        )
+        save_weights({key: value.clone() for key, value in network.ema.state().items()}, folder / EMA_NAME)
 
 
 def _write_marker(folder: Path) -> None:
@@ -182,17 +178,23 @@ def find(path: Path, warn: Warn) -> Saved:
 
 def restore(saved: Saved, networks: Mapping[str, Network]) -> dict[str, Tensor]:
     """Put weights, averages and optimizer states of `saved` back; returns the meters."""
+    _check_networks(saved.path, set(networks))
     for name, network in networks.items():
         folder = saved.path / name
-        if not folder.is_dir():
-            raise UserError(
-                f"the checkpoint has no network {name!r}", where=saved.path, fix="resume with the config of that run"
-            )
         copy_weights(network, read_weights(folder / WEIGHTS_NAME), where=folder)
         if network.ema is not None:
             network.ema.load(_tensors(folder / EMA_NAME, network))
         import_state(network.optimizer, network.module, _tensors(folder / OPTIM_NAME, network), where=folder)
     return read_weights(saved.path / METERS_NAME)
+
+
+def _check_networks(path: Path, wanted: set[str]) -> None:
+    found = {config.parent.name for config in path.glob(f"*/{CONFIG_NAME}")}
+    fix = "resume with the config of that run, or take its weights alone with init_from"
+    for name in sorted(wanted - found):
+        raise UserError(f"the checkpoint has no network {name!r}", where=path, fix=fix)
+    for name in sorted(found - wanted):
+        raise UserError(f"the checkpoint has a network {name!r}, this run has none", where=path, fix=fix)
 
 
 def _tensors(path: Path, network: Network) -> dict[str, Tensor]:

@@ -208,7 +208,7 @@ def test_export_takes_the_average_unless_raw(tmp_path, capsys):
     save_model(checkpoint / "classifier", node, trained, {"classes": ["a", "b", "c", "d"]})
     save_file({name: torch.zeros_like(value) for name, value in trained.items()}, checkpoint / "classifier" / "ema.safetensors")
     (checkpoint / "state.json").write_text('{"main": "classifier"}')
-    (checkpoint / "COMPLETE").touch()
+    (checkpoint / "COMPLETE").write_text("{}")
     for options, total in ((["--raw"], sum(value.double().abs().sum() for value in trained.values())), ([], 0)):
         out = tmp_path / f"model{len(options)}"
         assert call(capsys, "export", str(tmp_path / "run"), str(out), *options)[0] == 0

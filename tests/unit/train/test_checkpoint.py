@@ -1,5 +1,5 @@
-import errno
 import json
+import resource
 
 import pytest
 import torch
@@ -79,14 +79,29 @@ def test_only_damaged_checkpoints_are_an_error_not_a_fresh_start(saved):
         checkpoint.newest(folder, lambda line: None)
 
 
-def test_a_full_disk_leaves_no_half_checkpoint(make_network, tmp_path, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.fixture
+def largest_file():
+    """Files beyond a size cannot be written, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(UserError, match="No space left on device"):
-        checkpoint.save(tmp_path, {"net": make_network()}, {}, {**STATE, "step": 1})
+
+@pytest.mark.parametrize("size", [100, 1000])  # a config fits neither or only the first of the files
+def test_a_full_disk_leaves_no_half_checkpoint(make_network, tmp_path, largest_file, size):
+    network = make_network()
+    largest_file(size)
+    with pytest.raises(UserError, match=r"cannot be written \(File too large\)"):
+        checkpoint.save(tmp_path, {"net": network}, {}, {**STATE, "step": 1})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_number_of_networks_is_refused(saved, make_network):
+    newest = checkpoint.newest(saved[0], quiet)
+    with pytest.raises(UserError, match="the checkpoint has a network 'net', this run has none"):
+        checkpoint.restore(newest, {})
+    with pytest.raises(UserError, match="the checkpoint has no network 'other'"):
+        checkpoint.restore(newest, {"net": make_network(), "other": make_network()})
 
 
 def test_pruning_keeps_the_newest_and_the_wanted(make_network, tmp_path):
