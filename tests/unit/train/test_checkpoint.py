@@ -87,7 +87,7 @@ def largest_file():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("size", [100, 1000])  # a config fits neither or only the first of the files
+@pytest.mark.parametrize("size", [10, 100, 500])
 def test_a_full_disk_leaves_no_half_checkpoint(make_network, tmp_path, largest_file, size):
     network = make_network()
     largest_file(size)
