@@ -16,6 +16,7 @@ TOKENIZERS = {"digits_llamagen": "digits_vqgan", "llamagen_b": "llamagen_vq16"}
 """Whose codes each generator learns here."""
 CUT = {
     "llamagen_vq": ["tokenizer.encoder.width=32", "tokenizer.quantizer.codebook_size=64"],
+    "var_vqvae": ["tokenizer.encoder.width=32", "tokenizer.quantizer.codebook_size=64"],
     "llamagen_b": ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32"],
 }  # fmt: skip
 """By the beginning of a name: what makes a recipe small while its shape, losses and optimizers stay."""
