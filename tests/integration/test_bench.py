@@ -1,0 +1,32 @@
+"""`tokar bench` measures what it says, compares fast paths with their twins, and writes JSON."""
+
+import json
+
+SMALL = [
+    "data.image_size=16", "tokenizer.encoder.width=32", "tokenizer.encoder.multipliers=[1,1]", "tokenizer.encoder.blocks=1",
+    "tokenizer.decoder.blocks=1", "tokenizer.quantizer.codebook_size=64", "discriminator.width=8", "discriminator.layers=1",
+    "generator.dim=64", "generator.layers=2", "generator.heads=2", "grid=[4,4]", "seconds=0.1", "batch_size=2", "sample_batch=2",
+    "strategy.accelerator=cpu", "out=bench.json",
+]  # fmt: skip
+
+
+def test_a_bench_of_everything(start, digits, tmp_path):
+    command = start(tmp_path, "bench", f"data.path={digits}", *SMALL)
+    assert command.wait() == 0, command.log.read_text()
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert {"loader", "tokenizer", "generator", "sampler"} <= set(written["rows"])
+    assert {"device", "threads", "versions", "commit", "config"} <= set(written)
+    rows = written["rows"]
+    assert rows["sampler"]["ratio"] == rows["sampler"]["cached_images_per_s"] / rows["sampler"]["uncached_images_per_s"]
+    for row in rows.values():
+        assert row["memory_mib"] > 0
+        assert all(value > 0 for value in row.values())
+    table = command.log.read_text()
+    assert "webdataset_images_per_s" in table
+    assert "cached_images_per_s" in table
+
+
+def test_what_cannot_be_measured_is_told(start, digits, tmp_path):
+    command = start(tmp_path, "bench", "sampelr", f"data.path={digits}", *SMALL)
+    assert command.wait() == 2
+    assert "did you mean 'sampler'?" in command.log.read_text()

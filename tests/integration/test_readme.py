@@ -1,0 +1,25 @@
+"""The README's commands, run as they stand there."""
+
+import re
+
+import pytest
+from shell import shell
+
+
+def commands(root):
+    blocks = re.findall(r"```bash\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
+    return [line.split(" #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_run_in_order(root, tmp_path):
+    lines = [line for line in commands(root) if line.startswith("tokar ")]
+    assert len(lines) >= 10
+    for line in lines:
+        shell(line, tmp_path)
+    assert (tmp_path / "report.html").stat().st_size > 100_000
+    assert (tmp_path / "runs/digits_llamagen/samples/samples.png").exists()
+    loaded = "import tokar, torch; model = tokar.load('exported'); print(model.encode(torch.zeros(1, 3, 32, 32)).codes.shape)"
+    assert "[1, 16]" in shell(f'python -c "{loaded}"', tmp_path)
+    sweep = {path.name for path in (tmp_path / "runs").glob("digits_classifier-*")}
+    assert sweep == {"digits_classifier-optim.lr=0.001", "digits_classifier-optim.lr=0.002"}
