@@ -143,10 +143,22 @@ class MultiScaleTokenizer(Tokenizer):
         return self.decoder.conv_out
 
     def _grow(self, parts: Sequence[Tensor]) -> Tensor:
+        self._refuse_strangers(parts)
         f_hat = self.start(len(parts[0]))
         for k, part in enumerate(parts):
             f_hat = self.add_scale(f_hat, k, part)
         return f_hat
+
+    def _refuse_strangers(self, parts: Sequence[Tensor]) -> None:
+        # Reads numbers back from the device: codes are decoded here, never in a training step.
+        if parts[0].is_meta or not len(parts[0]):
+            return
+        lowest, highest = (int(value) for value in torch.cat(list(parts), 1).aminmax())
+        if lowest < 0 or highest >= self.layout.vocab_size:
+            raise UserError(
+                f"code {lowest if lowest < 0 else highest} is not one of the {self.layout.vocab_size} of this codebook",
+                fix="decode codes with the tokenizer that made them",
+            )
 
 
 class MultiScaleVQ(MultiScaleTokenizer):

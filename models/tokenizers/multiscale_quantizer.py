@@ -153,15 +153,19 @@ class MultiScaleQuantizer(nn.Module):
             if self.training and self.restart_after:
                 self._restart(codes, residuals)  # before the codebook enters the graph
             kept = self._draw_kept(len(f), f.device)
-            f_hat, errors = self.start(len(f)), []
+            f_hat, codebook, commitment = self.start(len(f)), [], []
             for k, part in enumerate(codes):
                 f_hat = torch.where(kept[k].view(-1, 1, 1, 1), self.add_scale(f_hat, k, part), f_hat)
-                pairs = ((f_hat, f.detach()), (f, f_hat.detach()))
-                errors.append(torch.stack([(a - b).square().mean((1, 2, 3)) for a, b in pairs]))
-            codebook, commitment = ((torch.stack(errors) * kept[:, None]).sum(0) / kept.sum(0)).mean(1)
+                codebook.append((f_hat - f.detach()).square().mean((1, 2, 3)))
+                commitment.append((f - f_hat.detach()).square().mean((1, 2, 3)))
+            weights = kept / kept.sum(0)  # of the scales of each image: the mean over those it keeps
+            losses = {
+                "codebook": (weights * torch.stack(codebook)).sum(0).mean(),
+                "commitment": self.beta * (weights * torch.stack(commitment)).sum(0).mean(),
+            }
             # f − sg f is exactly zero, so the value is f̂ itself and the gradient is the identity.
             latent = f_hat.detach() + (f - f.detach())
-        return Quantized(latent, torch.cat(codes, 1), {"codebook": codebook, "commitment": self.beta * commitment})
+        return Quantized(latent, torch.cat(codes, 1), losses)
 
     def _lift(self, k: int, vectors: Tensor) -> Tensor:
         """φ(up(vectors)): what vectors `[B, n, D]` of scale `k` add to f̂."""
