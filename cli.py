@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .commands import COMMANDS, GROUPS, Command, say
-from .errors import EXIT_USER_ERROR, UserError, nearest
+from .errors import EXIT_USER_ERROR, FULL_DISK, UserError, nearest, of_system
 
 EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141
 """What shells report for a process ended by SIGINT and by SIGPIPE."""
-_MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
-"""Faults of the machine, not of the code: a full disk, a missing permission."""
+_PATH_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+"""A path that cannot be written; with a full disk, faults of the machine or of a path given, not of the code."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,15 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_told_in_lines(error: Exception) -> bool:
-    return isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in _MACHINE_ERRORS)
+    return isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in FULL_DISK | _PATH_ERRORS)
 
 
 def _lines(error: UserError | OSError) -> list[str]:
-    if isinstance(error, UserError):
-        return error.lines
-    return UserError(
-        str(error.strerror).lower(), where=error.filename, fix="make room or get the permission, then try again"
-    ).lines
+    return (error if isinstance(error, UserError) else of_system(error)).lines
 
 
 def _dispatch(words: list[str]) -> int:

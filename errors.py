@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 EXIT_USER_ERROR = 2
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class UserError(Exception):
@@ -43,6 +46,25 @@ class ConfigError(UserError):
     def lines(self) -> list[str]:
         """One line for each problem."""
         return self.problems
+
+
+def of_system(error: OSError, where: object = None, fix: str = "") -> UserError:
+    """What the operating system refused, as one line; a file where a folder is needed is named itself.
+
+    Args:
+        error: the refusal.
+        where: the file or folder at fault; `None`: the one that the error names.
+        fix: what to do about it; empty: chosen by the kind of refusal.
+    """
+    where = error.filename if where is None else where
+    if error.errno in FULL_DISK:
+        return UserError("the disk is full", where=where, fix=fix or "free space and run again; what is finished is kept")
+    fix = fix or "choose a path that can be used"
+    if error.errno in (errno.ENOTDIR, errno.EEXIST) and isinstance(where, str | Path):
+        places = (place for place in [Path(where), *Path(where).parents] if place.is_file())
+        if place := next(places, None):
+            return UserError("is a file, a folder is needed here", where=place, fix=fix)
+    return UserError((error.strerror or str(error)).lower(), where=where, fix=fix)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

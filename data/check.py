@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from .files import read_json, sha256
+from .files import os_errors, read_json, sha256
 from .images import BadImageError, centre_crop, decode, resize_shorter
 from .index import ShardIndex, build_index, index_path
 from .shards import MANIFEST_NAME, ImageDataset
@@ -74,8 +74,9 @@ def _draw(dataset: ImageDataset, path: Path) -> None:
     for i, picture in enumerate(pictures):
         y, x = i // GRID * side, i % GRID * side
         canvas[y : y + side, x : x + side] = centre_crop(resize_shorter(picture, side), side)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(canvas).save(path)
+    with os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(canvas).save(path)
 
 
 def verify(folder: str | Path, decode_all: bool = False) -> list[str]:

@@ -82,7 +82,8 @@ class CodeWriter:
         if path.exists():
             before = read_json(path, "delete the folder and encode again")
             if found := differences(before, self.settings):
-                what = f"the folder holds codes made otherwise ({found[0]})"
+                other = found[0] if "tokenizer_hash:" not in found[0] else "by another tokenizer"
+                what = f"the folder holds codes made otherwise ({other})"
                 raise UserError(what, where=self.folder, fix="choose another folder or delete this one")
         else:
             write_json(path, self.settings)
@@ -181,7 +182,7 @@ class CodeDataset:
         self._shards = range(len(self.manifest["shards"]))
         self._codes: dict[int, np.ndarray] = {}
         self._first = np.cumsum([0, *(entry["count"] for entry in self.manifest["shards"])])
-        self.labels: np.ndarray = np.concatenate([np.load(_path(self.folder, shard, "labels")) for shard in self._shards])
+        self.labels: np.ndarray = np.concatenate([_load(_path(self.folder, shard, "labels")) for shard in self._shards])
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -189,7 +190,7 @@ class CodeDataset:
     def key(self, i: int) -> str:
         """The sample key of image `i`."""
         shard = int(np.searchsorted(self._first, i, side="right")) - 1
-        keys = np.load(_path(self.folder, shard, "keys"), mmap_mode="r")
+        keys = _load(_path(self.folder, shard, "keys"))
         return bytes(keys[i - self._first[shard]]).decode("utf-8", "surrogateescape")
 
     def fetch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> dict[str, np.ndarray]:
@@ -217,7 +218,7 @@ class CodeDataset:
 
     def _map(self, shard: int) -> np.ndarray:
         if shard not in self._codes:
-            self._codes[shard] = np.load(_path(self.folder, shard, "codes"), mmap_mode="r")
+            self._codes[shard] = _load(_path(self.folder, shard, "codes"))
         return self._codes[shard]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -225,7 +226,7 @@ class CodeDataset:
         return {**self.__dict__, "_codes": {}}
 
     def _check_tokenizer(self, layout: Mapping[str, Any] | None, weights: str | None) -> None:
-        if self.manifest.get("format") != CODES_FORMAT:
+        if self.manifest.get("format") != CODES_FORMAT or not {"layout", "tokenizer_hash", "shards"} <= self.manifest.keys():
             raise UserError(f"not code shards of format {CODES_FORMAT}", where=self.folder, fix=_ENCODE)
         if layout is not None and (found := differences(self.manifest["layout"], _plain(dict(layout)))):
             what = f"the codes have another layout than the tokenizer ({'; '.join(found[:3])})"
@@ -276,6 +277,19 @@ def _limits(layout: Mapping[str, Any]) -> np.ndarray:
 
 def _path(folder: Path, shard: int, name: str) -> Path:
     return folder / f"{name}-{shard:06d}.npy"
+
+
+def _load(path: Path) -> np.ndarray:
+    """An array on disk, mapped into memory.
+
+    Raises:
+        UserError: its header is damaged.
+    """
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError("the shard is damaged", where=path, fix=_ENCODE) from error
+    return array
 
 
 def _done_path(folder: Path, shard: int) -> Path:

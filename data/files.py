@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -14,9 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import UserError
-
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+from ..errors import UserError, of_system
 
 
 @contextmanager
@@ -32,11 +29,20 @@ def os_errors(where: object) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in FULL:
-            raise UserError(
-                "the disk is full", where=where, fix="free space and run again; finished shards are kept"
-            ) from error
-        raise UserError(error.strerror or str(error), where=where, fix="choose a path that can be used") from error
+        raise of_system(error, where) from error
+
+
+def check_place(folder: Path) -> None:
+    """Prove, without making it, that a folder can be made and written: before long work, not after it.
+
+    Raises:
+        UserError: it cannot.
+    """
+    place = next(place for place in [folder, *folder.parents] if place.exists())
+    if not place.is_dir():
+        raise UserError("is a file, a folder is needed here", where=place, fix="choose a path that can be used")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError("permission denied", where=place, fix="choose a path that can be used")
 
 
 def make_folder(path: Path) -> None:

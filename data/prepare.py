@@ -91,10 +91,13 @@ def prepare(
 def _chosen_splits(source: str, splits: Sequence[str] | None) -> list[str]:
     if SPLIT in source:  # a source for each split: what it lacks is said when it is opened
         return list(splits or ("train", "val"))
-    chosen = list(splits) if splits else available_splits(source)
-    if len(chosen) > 1 and not set(chosen) <= set(available_splits(source)):
-        missing = sorted(set(chosen) - set(available_splits(source)))
-        raise UserError(f"no split {missing[0]!r}", where=source, fix=f"it has: {', '.join(available_splits(source))}")
+    offered = available_splits(source)
+    chosen = list(splits or offered)
+    missing = sorted(set(chosen) - set(offered))
+    if len(chosen) > 1 and missing:
+        open_source(source, offered[0])  # what is empty says so itself
+        fix = f"it has: {', '.join(offered)}; set splits=[{','.join(offered)}]"
+        raise UserError(f"no split {missing[0]!r}", where=source, fix=fix)
     return chosen
 
 

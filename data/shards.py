@@ -249,6 +249,8 @@ def _find_shards(spec: str, split: str) -> tuple[dict[str, Any], list[Path]]:
     folder = root / split if (root / split).is_dir() else root
     if (folder / MANIFEST_NAME).exists():
         manifest = read_json(folder / MANIFEST_NAME, _REPEAT)
+        if "layout" in manifest:
+            raise UserError("codes, not images", where=folder, fix="give them as codes.path, and prepared images as data.path")
         if manifest.get("format") != MANIFEST_FORMAT or "shards" not in manifest:
             raise UserError(f"not a manifest of format {MANIFEST_FORMAT}", where=folder / MANIFEST_NAME, fix=_REPEAT)
         return manifest, [folder / entry["name"] for entry in manifest["shards"]]

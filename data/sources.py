@@ -5,7 +5,6 @@ Every source is a list with random access, so that preparation can be parallel a
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -41,16 +40,28 @@ def open_source(spec: str, split: str) -> Source:
 
 
 def available_splits(spec: str) -> list[str]:
-    """The splits that a source offers; `["train"]` for data without split folders."""
+    """The splits that a source offers; `["train"]` for data without split folders.
+
+    Raises:
+        UserError: there is no such source.
+    """
     if spec == "digits":
         return ["train", "val"]
     path = Path(spec)
     if path.is_dir():
         tars = sorted(child.name for child in path.iterdir() if child.is_dir() and any(child.glob("*.tar")))
         return tars or split_folders(top_folders(*unwrap(*walk(path))[1:])) or ["train"]
-    if path.is_file() and zipfile.is_zipfile(path):
+    if path.is_file() and path.suffix.lower() == ".zip":
         return split_folders(top_folders(*unwrap(*zip_names(path))[1:])) or ["train"]
+    if not names_tars(spec):
+        raise _no_source(spec, path)
     return ["train"]
+
+
+def _no_source(spec: str, path: Path) -> UserError:
+    if path.is_file():
+        return UserError("not a zip or tar", where=spec, fix="give a folder, a .zip, a .tar or digits")
+    return UserError("no such source", where=spec, fix=f"{nearest(spec, ['digits'])} or give an existing folder, zip or tar")
 
 
 def _open(spec: str, split: str) -> Source:
@@ -63,9 +74,7 @@ def _open(spec: str, split: str) -> Source:
         return _open_folder(spec, path, split)
     if path.is_file() and path.suffix.lower() == ".zip":
         return ZipSource(spec, path, split)
-    if path.is_file():
-        raise UserError("not a zip or tar", where=spec, fix="give a folder, a .zip, a .tar or digits")
-    raise UserError("no such source", where=spec, fix=f"{nearest(spec, ['digits'])} or give an existing folder, zip or tar")
+    raise _no_source(spec, path)
 
 
 def _open_folder(spec: str, path: Path, split: str) -> Source:

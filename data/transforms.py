@@ -44,7 +44,8 @@ class Augment:
             return centre_crop(resize_shorter(pixels, self.size), self.size)
         if pixels.shape != self.shape:
             raise BadImageError(
-                f"the image is {pixels.shape[0]}×{pixels.shape[1]}, not {self.size}×{self.size}", fix="choose a crop"
+                f"the image is {pixels.shape[0]}×{pixels.shape[1]}, not {self.size}×{self.size}",
+                fix="choose crop=center, or the size of the images",
             )
         return pixels
 

@@ -150,8 +150,15 @@ def raising(monkeypatch, error):
 def test_faults_of_the_machine_are_one_line(monkeypatch, capsys):
     raising(monkeypatch, OSError(errno.ENOSPC, "No space left on device", "/data/x"))
     assert call(capsys)[0::2] == (
-        2, "tokar: /data/x: no space left on device; make room or get the permission, then try again\n"
+        2, "tokar: /data/x: the disk is full; free space and run again; what is finished is kept\n"
     )  # fmt: skip
+
+
+def test_a_file_where_a_folder_is_needed_is_named(tmp_path, capsys, monkeypatch):
+    (tmp_path / "notes").touch()
+    raising(monkeypatch, NotADirectoryError(errno.ENOTDIR, "Not a directory", str(tmp_path / "notes" / "runs" / "x")))
+    _, _, err = call(capsys)
+    assert err == f"tokar: {tmp_path / 'notes'}: is a file, a folder is needed here; choose a path that can be used\n"
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "gone", "x"), ValueError("a bug")])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tokar.data.codes import CodeDataset, CodeWriter, code_type
+from tokar.data.shards import ImageDataset
 from tokar.data.stream import Stream
 from tokar.errors import UserError
 from tokar.models.tokenizers.layout import raster_layout
@@ -105,7 +106,7 @@ def test_an_interrupted_encoding_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokenizer_hash": "b" * 64}, "tokenizer_hash: a+ there, b+ here"),
+        ({"tokenizer_hash": "b" * 64}, "by another tokenizer"),
         ({"views": 2}, "views: 3 there, 2 here"),
         ({"protocol": {**PROTOCOL, "ratio": 1.05}}, r"protocol.ratio: 1.1 there, 1.05 here"),
         ({"count": 26}, "count: 25 there, 26 here"),
@@ -202,3 +203,21 @@ def test_pickling_does_not_carry_the_codes(folder):
     copied = pickle.loads(pickle.dumps(dataset))
     assert copied._codes == {}
     np.testing.assert_array_equal(copied.read(np.arange(25), np.zeros(25, int)), _codes(0, 25)[:, 0])
+
+
+@pytest.mark.parametrize("name", ["codes", "labels"])
+def test_a_damaged_header_is_one_line(folder, name):
+    path = folder / f"{name}-000000.npy"
+    content = path.read_bytes()
+    path.write_bytes(bytes(255 - byte for byte in content[:64]) + content[64:])
+    with pytest.raises(UserError, match="the shard is damaged; run tokar encode again"):
+        CodeDataset(folder).fetch(np.arange(2), np.zeros(2, dtype=np.int64), 0)
+
+
+def test_images_are_not_codes_nor_codes_images(folder, tmp_path):
+    with pytest.raises(UserError, match="codes, not images; give them as codes.path"):
+        ImageDataset(folder.parent, folder.name)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "manifest.json").write_text('{"format": 1, "shards": [{"name": "x.tar", "bytes": 3}]}')
+    with pytest.raises(UserError, match="not code shards of format 1"):
+        CodeDataset(tmp_path / "images")

@@ -265,7 +265,7 @@ def test_two_preparations_do_not_share_a_folder(class_folder, tmp_path):
 
 def test_a_path_below_a_file_is_refused(class_folder, tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="Not a directory") as caught:
+    with pytest.raises(UserError, match="is a file, a folder is needed here") as caught:
         prepare(str(class_folder), tmp_path / "file" / "out")
     assert "\n" not in str(caught.value)
 
@@ -307,7 +307,7 @@ def test_the_operating_system_says_full_inside_a_worker(class_folder, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ})
     assert (
         done.stdout.strip()
-        == f"{tmp_path / 'out' / 'train'}: the disk is full; free space and run again; finished shards are kept"
+        == f"{tmp_path / 'out' / 'train'}: the disk is full; free space and run again; what is finished is kept"
     )
     assert not list((tmp_path / "out").rglob("*.tar"))
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 8000

@@ -210,7 +210,7 @@ def test_images_of_several_sizes_need_a_crop(tmp_path, make):
     with pytest.raises(UserError, match="the image is 20×20, others are 16×16; choose a crop"):
         _fetch(ImageDataset(tmp_path))
     assert _fetch(ImageDataset(tmp_path, transform=Augment(16)))["image"].shape == (3, 16, 16, 3)
-    with pytest.raises(UserError, match="not 16×16; choose a crop"):
+    with pytest.raises(UserError, match="not 16×16; choose crop=center"):
         _fetch(ImageDataset(tmp_path, transform=Augment(16, "none")))
 
 

@@ -200,3 +200,13 @@ def test_an_empty_folder_is_refused(tmp_path):
     (tmp_path / "cat").mkdir()
     with pytest.raises(UserError, match="no images"):
         open_source(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "line"), [("photos", "no such source"), ("notes.txt", "not a zip or tar"), ("x.zip", "not a readable zip")]
+)
+def test_splits_of_what_is_no_source(tmp_path, name, line):
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "x.zip").write_text("PK")
+    with pytest.raises(UserError, match=line):
+        available_splits(str(tmp_path / name))
