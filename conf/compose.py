@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from ..errors import ConfigError, UserError, nearest
+from .duration import Duration
 from .overrides import ROOT, Sorted, say_hydra, sort_overrides
 from .schema import FILLED, SCHEMAS, Node
 from .signature import check_components, say
@@ -145,6 +146,10 @@ def _schema_problems(error: ValidationError, schema: type[Node]) -> Iterator[str
             yield f"{path}: no such key; {nearest(str(location[-1]), _fields(schema, location[:-1]))}"
         elif item["input"] == "???":
             continue  # told already, together with those that any text would satisfy
+        elif item["type"] == "missing" and isinstance(location[-1], int):
+            yield f"{'.'.join(map(str, location[:-1]))}: too few values; give at least {location[-1] + 1}"
+        elif item["type"] == "too_short":
+            yield f"{path}: must not be empty; give a value, or leave it out"
         elif item["type"] == "missing":
             yield f"{path}: missing; give it a value with {path}=…"
         else:
@@ -184,6 +189,8 @@ def _conflicts(config: Any) -> Iterator[str]:
         yield f"losses.lpips_weights: no file {losses.lpips_weights}; give the path of VGG16 and linear-head weights"
     if losses is not None and losses.adaptive and config.discriminator is None:
         yield "losses.adaptive: there is no discriminator; set losses.adaptive=false or discriminator=patchgan"
+    if losses is not None and losses.adaptive and Duration.parse(losses.auxiliary_end).value > 0:
+        yield "losses.adaptive: cannot tell the shortcut from the reconstruction; set losses.auxiliary_end=0 or adaptive=false"
     codes = getattr(config, "codes", None)
     if codes is not None and not codes.path and not codes.tokenizer:
         yield "codes.tokenizer: missing; give a tokenizer run (codes.tokenizer=runs/…) or code shards (codes.path=…)"

@@ -167,6 +167,14 @@ class TokenizerLosses(Node):
     adversarial_weight: NonNegativeFloat = Field(0.5, description="of the generator's adversarial loss")
     adversarial_start: Length = Field(0, description="the discriminator rests before")
     adaptive: bool = Field(False, description="scale the adversarial weight by the ratio of last-layer gradients")
+    auxiliary_end: Length = Field(0, description="end of the tokenizer's early losses (GigaTok's shortcut and feature loss)")
+
+
+class Semantic(Node):
+    """Semantic regularization: the tokenizer's projected features follow a frozen teacher's."""
+
+    teacher: Component
+    weight: NonNegativeFloat = Field(0.5, description="of the cosine loss")
 
 
 class TokenizerParts(Node):
@@ -175,6 +183,7 @@ class TokenizerParts(Node):
     tokenizer: Component
     discriminator: Component | None
     losses: TokenizerLosses
+    semantic: Semantic | None = Field(None, description="a teacher that the features follow")
     optim: Optim
     discriminator_optim: Optim
 
@@ -231,7 +240,9 @@ class Prepare(Node):
     stage: Literal["prepare"]
     paths: Paths
     data: Data
-    splits: list[str] = Field(["train", "val"], description="splits to write; one that the source lacks is an error")
+    splits: list[str] = Field(
+        ["train", "val"], min_length=1, description="splits to write; one that the source lacks is an error"
+    )
     workers: PositiveInt = Field(description="processes")
     shard_size: PositiveInt = Field(description="images per shard")
     format: Literal["keep", "png", "jpeg", "webp"] = Field("keep", description="of images written anew")
@@ -251,7 +262,7 @@ class Encode(Node):
         "one", description="of each image: itself, with its mirror image, or five crops and their mirror images"
     )
     crop_ratio: Annotated[float, Field(ge=1)] = Field(1.1, description="ten-crop: size of the image it crops from")
-    splits: list[str] = Field(["train", "val"], description="to encode")
+    splits: list[str] = Field(["train", "val"], min_length=1, description="to encode")
     batch_size: PositiveInt = Field(64, description="images at once")
     shard_size: PositiveInt = Field(16384, description="images per shard")
     seed: NonNegativeInt = 0
@@ -267,10 +278,10 @@ class Sample(Node):
     decode_with: Text | None = Field(None, description="tokenizer; null takes the one the generator was trained with")
     out: Text | None = Field(None, description="null: the samples folder of the run")
     count: PositiveInt = Field(64, description="images")
-    classes: list[NonNegativeInt] | None = Field(None, description="null cycles through all")
+    classes: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = Field(None, description="null cycles through all")
     seed: NonNegativeInt = Field(0, description="sample i depends on (seed, i) alone")
     batch_size: PositiveInt = Field(64, description="images at once")
-    save: list[Literal["grid", "folder", "npz", "codes"]] = Field(["grid"], description="what to write")
+    save: list[Literal["grid", "folder", "npz", "codes"]] = Field(["grid"], min_length=1, description="what to write")
     scale: PositiveInt = Field(2, description="enlargement of the grid's pictures")
     ema: bool = Field(True, description="averaged weights where there are some")
     sampling: Sampling
@@ -292,6 +303,7 @@ class Evaluate(Node):
     target: Text = Field(description="a run, an exported model, an npz or a folder of images")
     data: Data | None = None
     split: Text | None = Field(None, description="reference; null: validation for a tokenizer, training for samples")
+    decode_with: Text | None = Field(None, description="tokenizer; null takes the one the generator was trained with")
     features: Features
     judge: Text | None = Field(None, description="classifier run that judges classes; null takes features.path of a classifier")
     count: PositiveInt | None = Field(None, description="images; null takes the whole reference split")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,6 +15,7 @@ import torch
 from ..conf.schema import Loop as LoopConfig
 from ..conf.schema import ScheduleConfig
 from ..data.stream import Stream
+from ..errors import UserError
 from ..evaluate.images import save_grid
 from . import checkpoint
 from .clock import Clock
@@ -23,6 +25,9 @@ from .schedule import factor
 from .signals import StopFlag, Stopped
 from .stage import Batch, Stage
 from .strategy import Network, Workers
+
+COLLAPSED = 0.02
+"""Share of a codebook in use between two logs below which it is called collapsed."""
 
 
 @dataclass
@@ -46,6 +51,7 @@ class Fit:
     progress: Progress
     stop: StopFlag
     meters: Meters = field(default_factory=Meters)
+    told: set[str] = field(default_factory=set)
 
     def fit(self) -> None:
         """Train to the end.
@@ -100,6 +106,7 @@ class Fit:
 
     def _log(self, watch: Stopwatch) -> str:
         values = self.meters.read(self.workers.sum)
+        self._check(values)
         speed = watch.read()
         self.metrics.write(self.clock, values)
         self.timing.write(self.clock, {**speed, **memory(self.workers.device)})
@@ -107,6 +114,24 @@ class Fit:
         shown = {name.removeprefix("train/"): value for name, value in values.items() if name in ("train/loss", "train/usage")}
         parts = [f"{name} {value:.4f}" for name, value in shown.items()] + [f"{speed['images_per_s']:.0f} images/s"]
         return "  ".join(parts)
+
+    def _check(self, values: dict[str, float]) -> None:
+        """A loss that is no number ends the run; a codebook that hardly any code of is used is told.
+
+        Raises:
+            UserError: the loss is not finite; the checkpoints before it stay.
+        """
+        if not math.isfinite(values["train/loss"]):
+            raise UserError(
+                f"the loss is {values['train/loss']} at step {self.clock.step}",
+                where=self.folder,
+                fix="lower optim.lr or optim.clip, or look for bad images; the last checkpoint is sound",
+            )
+        for name, value in values.items():
+            if name.endswith("/usage") and value < COLLAPSED and name not in self.told:
+                self.told.add(name)
+                self.progress.say(f"warning: {name} is {value:.4f} at step {self.clock.step}: the codebook has collapsed; "
+                                  "try tokenizer.quantizer.restart_after=100 or a lower optim.lr")  # fmt: skip
 
     def _evaluate(self) -> str:
         meters = Meters()

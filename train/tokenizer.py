@@ -11,6 +11,7 @@ from torch.nn.grad import conv2d_weight
 
 from ..conf.schema import TokenizerParts
 from ..data.stream import to_image, to_uint8
+from ..errors import UserError
 from ..evaluate.reconstruction import psnr, ssim
 from ..models.build import build
 from ..models.tokenizers.base import Tokenizer, TokenizerOutput
@@ -25,7 +26,9 @@ class TokenizerStage:
 
     The tokenizer minimises λ_r·rec + λ_p·LPIPS + w·λ_a·adv + the quantizer's losses, where w is 1, or the adaptive weight
     ‖∇_L(λ_r·rec + λ_p·LPIPS)‖ / (‖∇_L λ_a·adv‖ + 1e-4) over the last layer L, clamped to [0, 1e4].
-    The discriminator rests before `adversarial_start`.
+    The discriminator rests before `adversarial_start`. Until `auxiliary_end` the tokenizer's early losses count too: the
+    image losses of a second reconstruction that bypasses the quantizer, and its feature loss (GigaTok). With `semantic`,
+    the projected features follow a frozen teacher's: λ_s·(1 - cos).
     """
 
     def __init__(self, config: TokenizerParts) -> None:
@@ -37,19 +40,23 @@ class TokenizerStage:
             adversary = build(config.discriminator)
             self.trainables["discriminator"] = Trainable(adversary, config.discriminator, config.discriminator_optim, ema=False)
         self.perceptual = LPIPS(config.losses.lpips_weights) if config.losses.perceptual_weight else None
-        self.frozen: list[nn.Module] = [] if self.perceptual is None else [self.perceptual]
+        self.semantic = config.semantic
+        self.teacher: nn.Module | None = build(config.semantic.teacher) if config.semantic is not None else None
+        self.frozen: list[nn.Module] = [module for module in (self.perceptual, self.teacher) if module is not None]
         self.last_layer = LastLayer(self.tokenizer.last_layer()) if config.losses.adaptive else None
 
     def step(self, batch: Batch, clock: Clock, networks: Networks) -> dict[str, Tensor]:
         """One micro-batch for both networks."""
         image = to_image(batch["image"])
-        output, reconstruction = _forward(networks["tokenizer"], image)
+        early = clock.step < clock.steps(self.losses.auxiliary_end)
+        output, reconstruction = _forward(networks["tokenizer"], image, early)
+        own = output.losses | self._side_losses(output, image)
         adversary = networks.get("discriminator")
         if adversary is None or clock.step < clock.steps(self.losses.adversarial_start):
-            losses = self._fidelity(reconstruction, image) | output.losses
+            losses = self._fidelity(reconstruction, image) | own
             networks["tokenizer"].backward(total(losses))
             return {"loss": total(losses), **losses, **self._histograms(output)}
-        losses, observed = self._generator_step(networks["tokenizer"], adversary, image, reconstruction, output.losses)
+        losses, observed = self._generator_step(networks["tokenizer"], adversary, image, reconstruction, own)
         observed |= self._discriminator_step(adversary, image, reconstruction.detach().float())
         return {"loss": total(losses), **losses, **observed, **self._histograms(output)}
 
@@ -59,6 +66,23 @@ class TokenizerStage:
         losses = {"reconstruction": self.losses.reconstruction_weight * distance}
         if self.perceptual is not None:
             losses["perceptual"] = self.losses.perceptual_weight * self.perceptual(reconstruction.float(), image).mean()
+        return losses
+
+    def _side_losses(self, output: TokenizerOutput, image: Tensor) -> dict[str, Tensor]:
+        """Losses beside the reconstruction's and the quantizer's own, weighted."""
+        losses = {}
+        if output.shortcut is not None:
+            losses = {f"shortcut_{name}": loss for name, loss in self._fidelity(output.shortcut, image).items()}
+        if self.semantic is not None and self.teacher is not None:
+            if output.semantic is None:
+                raise UserError(
+                    "this tokenizer has no semantic features",
+                    where="semantic",
+                    fix="give it a semantic head, or set semantic=null",
+                )
+            from ..models.tokenizers.teachers import semantic_loss
+
+            losses["semantic"] = self.semantic.weight * semantic_loss(output.semantic, self.teacher(image))
         return losses
 
     def _generator_step(
@@ -139,9 +163,9 @@ class LastLayer:
         return weight_gradient.norm()
 
 
-def _forward(tokenizer: Network, image: Tensor) -> tuple[TokenizerOutput, Tensor]:
+def _forward(tokenizer: Network, image: Tensor, auxiliary: bool = False) -> tuple[TokenizerOutput, Tensor]:
     """The tokenizer's output and its reconstruction."""
-    output: TokenizerOutput = tokenizer(image)
+    output: TokenizerOutput = tokenizer(image, auxiliary)
     assert output.reconstruction is not None
     return output, output.reconstruction
 
