@@ -1,0 +1,33 @@
+from types import SimpleNamespace
+
+import pytest
+from tokar.errors import UserError
+from tokar.train.clock import Clock
+from tokar.train.loop import Fit
+
+
+def loop(said):
+    return SimpleNamespace(
+        clock=Clock(40, 320, 100, 8, 100), folder="runs/x", told=set(), progress=SimpleNamespace(say=said.append)
+    )
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_ends_the_run_in_one_line(loss):
+    with pytest.raises(UserError, match=rf"runs/x: the loss is {loss} at step 40; lower optim\.lr"):
+        Fit._check(loop([]), {"train/loss": loss})
+
+
+def test_a_collapsed_codebook_is_told_once():
+    said = []
+    fit = loop(said)
+    for _ in range(3):
+        Fit._check(fit, {"train/loss": 1.0, "train/codes/usage": 0.004, "train/codes/perplexity": 1.0})
+    assert len(said) == 1
+    assert "train/codes/usage is 0.0040 at step 40: the codebook has collapsed" in said[0]
+
+
+def test_a_codebook_in_use_is_not_told():
+    said = []
+    Fit._check(loop(said), {"train/loss": 1.0, "train/codes/usage": 0.5})
+    assert said == []
