@@ -62,17 +62,24 @@ def parameters(target: str) -> dict[str, Parameter] | None:
 @functools.cache
 def _parameters(target: str) -> dict[str, Parameter]:
     module, _, name = target.removeprefix("tokar.").rpartition(".")
-    path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+    folder = ROOT.joinpath(*module.split("."))
+    path = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
     if not path.is_file():
         modules = [file.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for file in ROOT.glob("models/**/*.py")]
         raise NoTargetError(
             f"no module {'tokar.' + module!r}; {nearest('tokar.' + module, [f'tokar.{name}' for name in modules])}"
         )
-    definitions = {
-        node.name: node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef | ast.FunctionDef)
-    }
+    body = ast.parse(path.read_text()).body
+    definitions = {node.name: node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    lent = {  # by a package, under its own name
+        alias.name: f"tokar.{module}.{node.module}.{alias.name}"
+        for node in body if isinstance(node, ast.ImportFrom) and node.level == 1 and folder.is_dir()
+        for alias in node.names
+    }  # fmt: skip
+    if name in lent:
+        return _parameters(lent[name])
     if name not in definitions:
-        raise NoTargetError(f"no {name!r} in tokar.{module}; {nearest(name, definitions)}")
+        raise NoTargetError(f"no {name!r} in tokar.{module}; {nearest(name, [*definitions, *lent])}")
     node = definitions[name]
     described = _described(ast.get_docstring(node) or "")
     if isinstance(node, ast.ClassDef):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 Kind = Literal["raster", "sequence", "multiscale", "holistic"]
@@ -64,6 +64,21 @@ class TokenLayout:
     def vocab_size(self) -> int:
         """The largest vocabulary of any stream: what one shared output head needs."""
         return max(stream.vocab_size for stream in self.streams)
+
+    def parallel(self, codes: Sequence[tuple[str, int, int]]) -> TokenLayout:
+        """This layout for a quantizer that gives each token several codes: every stream once for each of them.
+
+        Args:
+            codes: `Quantizer.streams`: name, number of codes and width of each; a single one changes nothing.
+        """
+        if len(codes) == 1:
+            return self
+        streams = tuple(
+            replace(stream, name=f"{stream.name}_{name}", vocab_size=size, embed_dim=dim)
+            for stream in self.streams
+            for name, size, dim in codes
+        )
+        return replace(self, streams=streams)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON form."""

@@ -1,6 +1,7 @@
 """The VQ-GAN tokenizer: a convolutional encoder, a quantizer, a convolutional decoder; one code per cell of a grid.
 
-Shapes: `B` batch, `D` code width, `h`, `w` rows and columns of the grid, `N = h*w` tokens in raster order.
+Shapes: `B` batch, `D` code width, `h`, `w` rows and columns of the grid, `S` streams of the quantizer (mostly 1),
+`N = S*h*w` tokens: stream by stream, each in raster order.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class VQGAN(Tokenizer):
                 fix=f"use sides that are multiples of {self.stride}",
             )
         grid = (height // self.stride, width // self.stride)
-        return raster_layout(grid, self.quantizer.codebook_size, self.quantizer.dim, self.stride)
+        layout = raster_layout(grid, self.quantizer.codebook_size, self.quantizer.dim, self.stride)
+        return layout.parallel(self.quantizer.streams)
 
     def encode(self, image: Tensor) -> TokenizerOutput:
         """Codes `[B, N]` and latents `[B, D, h, w]` of images `[B, 3, H, W]` in [-1, 1].
@@ -78,8 +80,10 @@ class VQGAN(Tokenizer):
     def embed(self, codes: Tensor) -> Tensor:
         """Quantized latent `[B, D, h, w]` of codes `[B, N]` on the layout's grid, or `[B, h, w]` on any grid.
 
+        With several streams, codes of any grid are `[B, S, h, w]`.
+
         Raises:
-            UserError: the number of codes is not that of the layout.
+            UserError: the number of codes is not that of the layout, or a code is not one of the codebook's.
         """
         if codes.dim() == 2:
             if codes.shape[1] != self.layout.total_tokens:
@@ -87,7 +91,8 @@ class VQGAN(Tokenizer):
                     f"{codes.shape[1]} codes per image, but the layout has {self.layout.total_tokens}",
                     fix="give codes of images of the layout's size, or shape them [B, rows, columns]",
                 )
-            codes = codes.unflatten(1, self.layout.streams[0].grid)
+            streams, grid = len(self.layout.streams), self.layout.streams[0].grid or ()
+            codes = codes.unflatten(1, grid if streams == 1 else (streams, *grid))
         return self.quantizer.embed(codes)
 
     def decode(self, latent: Tensor) -> Tensor:

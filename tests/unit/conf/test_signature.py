@@ -54,6 +54,13 @@ def test_classes_without_a_constructor_and_functions(made):
     assert list(parameters("tokar.models.made.build")) == ["size"]
 
 
+def test_a_package_offers_the_names_that_it_imports(made, tmp_path):
+    (tmp_path / "models" / "__init__.py").write_text("from .made import Bare, Made\nfrom torch import nn\n")
+    assert list(parameters("tokar.models.Made")) == list(parameters(made))
+    with pytest.raises(NoTargetError, match=r"no 'Mad' in tokar\.models; did you mean 'Made'\?"):
+        parameters("tokar.models.Mad")
+
+
 def test_targets_outside_tokar_are_left_to_the_builder():
     assert parameters("torch.nn.Linear") is None
     assert list(check_components({"x": {"_target_": "torch.nn.Linear", "anything": 1}})) == []

@@ -1,13 +1,15 @@
 import copy
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tokar.models.tokenizers.quantizers import VectorQuantizer, entropy_loss, nearest_code
+from tokar.models.tokenizers.quantizers import (
+    ClusteringVectorQuantizer,
+    EMAVectorQuantizer,
+    VectorQuantizer,
+    entropy_loss,
+    nearest_code,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -90,20 +92,6 @@ def test_each_loss_moves_one_side(loss, moves_codebook):
     assert (z.grad is not None) != moves_codebook
 
 
-def test_entropy_loss_is_the_formula_whatever_the_chunk():
-    rows, codes = torch.randn(20, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
-    p = F.softmax(-(rows[:, None] - codes[None]).square().sum(-1) / 0.01, dim=-1)
-    mean = p.mean(0)
-    expected = -(p * p.clamp_min(1e-30).log()).sum(-1).mean() + (mean * (mean + 1e-5).log()).sum()
-    gradients = []
-    for chunk in (None, 3, 20):
-        value = entropy_loss(rows, codes, chunk)
-        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
-        gradients.append(torch.autograd.grad(value, (rows, codes)))
-    for other in gradients[1:]:
-        torch.testing.assert_close(other, gradients[0], rtol=1e-4, atol=1e-4)
-
-
 def test_entropy_loss_only_when_weighted():
     z = torch.randn(2, 4, 3)
     weighted = VectorQuantizer(16, 4, entropy_weight=0.1)
@@ -184,35 +172,6 @@ def test_restart_resumes_bitwise():
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in quantizer.state_dict().items())
 
 
-_RANK = """
-import json, sys, torch, torch.distributed as dist
-from tokar.models.tokenizers.quantizers import VectorQuantizer
-rank, store = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-torch.manual_seed(0)
-quantizer = VectorQuantizer(32, 4, restart_after=2)
-torch.manual_seed(rank + 1)
-for _ in range(6):
-    quantizer(torch.randn(1, 4, 10))
-print(json.dumps([quantizer.codebook.tolist(), quantizer.steps_unused.tolist()]))
-"""
-
-
-def test_restart_keeps_ranks_equal(tmp_path, root):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", _RANK, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE, cwd=root, env=environment, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    first, second = (json.loads(rank.communicate(timeout=120)[0]) for rank in ranks)
-    assert first == second
-    torch.manual_seed(0)
-    assert first[0] != VectorQuantizer(32, 4).codebook.tolist(), "some codes were restarted"
-
-
 @pytest.mark.parametrize("options", [{}, {"entropy_weight": 0.1, "restart_after": 2}])
 def test_compiles_to_one_graph(options):
     torch._dynamo.reset()
@@ -224,12 +183,150 @@ def test_compiles_to_one_graph(options):
     assert z.grad is not None
 
 
-@pytest.mark.slow
-def test_compiles_with_the_real_compiler():
-    torch._dynamo.reset()
-    quantizer, z = VectorQuantizer(64, 4), torch.randn(2, 4, 6, requires_grad=True)
-    ours, plain = torch.compile(quantizer, fullgraph=True)(z), quantizer(z)
-    assert torch.equal(ours.indices, plain.indices)
-    torch.testing.assert_close(ours.losses, plain.losses)
-    sum(ours.losses.values()).backward()
-    assert quantizer.codebook.grad.abs().sum() > 0
+def householder(z, q):
+    """The rotation that takes the direction of z to that of q, and the ratio of their lengths, as a matrix (Fifty et al.)."""
+    a, b = F.normalize(z, dim=0), F.normalize(q, dim=0)
+    r = F.normalize(a + b, dim=0)
+    return q.norm() / z.norm() * (torch.eye(len(z)) - 2 * torch.outer(r, r) + 2 * torch.outer(b, a))
+
+
+@pytest.mark.parametrize("unit", [True, False])
+def test_rotation_keeps_the_value_and_turns_the_gradient(unit):
+    plain = VectorQuantizer(16, 4, l2_normalize=unit)
+    turned = VectorQuantizer(16, 4, l2_normalize=unit, rotate=True)
+    with torch.no_grad():
+        plain.codebook.normal_()
+    turned.load_state_dict(plain.state_dict())
+    z, upstream = torch.randn(1, 4, 5, requires_grad=True), torch.randn(1, 4, 5)
+    out = turned(z)
+    assert torch.equal(out.latent, plain(z).latent)
+    seen = F.normalize(z.detach(), dim=1) if unit else z.detach()
+    columns = []
+    for place in range(5):
+        matrix = householder(seen[0, :, place], out.latent[0, :, place].detach())
+        torch.testing.assert_close(matrix @ seen[0, :, place], out.latent[0, :, place].detach(), rtol=1e-5, atol=1e-5)
+        columns.append(matrix.t() @ upstream[0, :, place])
+    expected = torch.stack(columns, -1)[None]
+    if unit:
+        torch.testing.assert_close(expected.norm(dim=1), upstream.norm(dim=1)), "a rotation alone"
+        (expected,) = torch.autograd.grad((F.normalize(z, dim=1) * expected).sum(), z)
+    (grad,) = torch.autograd.grad(out.latent, z, upstream)
+    torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("z", [torch.zeros(1, 4, 2), -torch.ones(1, 4, 2)])
+def test_rotation_survives_zero_and_opposite_vectors(z):
+    quantizer = VectorQuantizer(1, 4, l2_normalize=False, rotate=True)
+    with torch.no_grad():
+        quantizer.codebook.fill_(1.0)
+    z = z.requires_grad_()
+    quantizer(z).latent.sum().backward()
+    assert z.grad.isfinite().all()
+
+
+def test_kmeans_takes_the_first_batches_then_rests():
+    centres = F.normalize(torch.randn(6, 4), dim=-1)
+    quantizer = VectorQuantizer(6, 4, kmeans_batches=2)
+    assert quantizer.steps_unused.tolist() == [-2] * 6
+    for left in (-1, 0):
+        z = (centres[torch.randperm(600) % 6] * torch.rand(600, 1)).t()[None]
+        quantizer(z)
+        assert quantizer.steps_unused.tolist() == [left] * 6
+    assert usage_of(quantizer, z) >= 5 / 6
+    book = quantizer.codebook.detach().clone()
+    torch.testing.assert_close(book.norm(dim=-1), torch.ones(6))
+    assert ((book @ centres.t()).amax(-1) > 0.99).sum() >= 4, "most codes sit on a cluster"
+    quantizer(torch.randn(1, 4, 50))
+    assert torch.equal(quantizer.codebook, book)
+
+
+def usage_of(quantizer, z):
+    return quantizer.eval()(z).indices.unique().numel() / quantizer.codebook_size
+
+
+def test_kmeans_with_fewer_vectors_than_codes_fills_up_from_the_next_batches():
+    quantizer = VectorQuantizer(64, 4, kmeans_batches=6)
+    batches = [torch.randn(1, 4, 20) for _ in range(6)]
+    distinct = []
+    for batch in batches:
+        quantizer(batch)
+        distinct.append(quantizer.codebook.detach().unique(dim=0).shape[0])
+    assert distinct[0] <= 20
+    assert distinct == sorted(distinct)
+    assert distinct[-1] > 50
+    assert quantizer.codebook.isfinite().all()
+
+
+def test_weights_from_elsewhere_are_not_started_again():
+    loaded = VectorQuantizer(6, 4, kmeans_batches=3)
+    loaded.load_state_dict(VectorQuantizer(6, 4).state_dict())
+    before = loaded.codebook.detach().clone()
+    loaded(torch.randn(1, 4, 50))
+    assert torch.equal(loaded.codebook, before)
+
+
+def test_moving_average_is_the_formula():
+    quantizer = EMAVectorQuantizer(3, 2, l2_normalize=False, decay=0.75)
+    quantizer.codebook.copy_(torch.tensor([[0.0, 0], [4, 4], [-4, 4]]))
+    quantizer.cluster_sum.copy_(quantizer.codebook)
+    out = quantizer(torch.tensor([[1.0, 1], [3, 3], [5, 4], [4, 6]]).t()[None])
+    assert out.indices.tolist() == [[0, 1, 1, 1]]
+    assert torch.equal(out.latent[0, :, 1], torch.tensor([4.0, 4])), "the value of before the update"
+    assert quantizer.cluster_size.tolist() == [1.0, 0.75 + 0.25 * 3, 0.75]
+    assert quantizer.cluster_sum[1].tolist() == [0.75 * 4 + 0.25 * 12, 0.75 * 4 + 0.25 * 13]
+    size, total = quantizer.cluster_size, quantizer.cluster_size.sum()
+    expected = quantizer.cluster_sum / ((size + 1e-5) / (total + 3e-5) * total)[:, None]
+    torch.testing.assert_close(quantizer.codebook, expected)
+    assert set(out.losses) == {"commitment"}
+    assert not list(quantizer.parameters()), "nothing for an optimizer to decay"
+
+
+def test_moving_average_leaves_out_a_step_that_is_not_finite():
+    quantizer = EMAVectorQuantizer(8, 4, l2_normalize=False, restart_after=1)
+    quantizer(torch.randn(1, 4, 5))
+    quantizer(torch.full((1, 4, 5), float("nan")))
+    assert all(value.isfinite().all() for value in quantizer.state_dict().values())
+
+
+def test_restart_ignores_vectors_that_are_not_finite():
+    quantizer = VectorQuantizer(8, 4, restart_after=1)
+    quantizer(torch.randn(1, 4, 5))
+    quantizer(torch.full((1, 4, 5), float("inf")))
+    assert quantizer.codebook.isfinite().all()
+
+
+def test_a_restarted_code_of_a_moving_average_starts_anew():
+    quantizer = EMAVectorQuantizer(8, 4, restart_after=2, decay=0.5)
+    z = quantizer.codes()[:3].t()[None]
+    quantizer(z), quantizer(z)
+    quantizer(z)
+    assert (quantizer.cluster_size[3:] >= 0.5).all(), "one vector, decayed once"
+    assert (torch.cdist(quantizer.codes()[3:], quantizer.codes()[:3]).min(-1).values < 1e-3).all()
+
+
+def test_clustering_draws_idle_codes_to_their_nearest_vectors():
+    quantizer = ClusteringVectorQuantizer(4, 2, decay=0.9)
+    z = torch.tensor([[1.0, 0], [0, 1], [1, 1]])
+    old = quantizer.codebook.detach().clone()
+    nearest = z[(old[:, None] - z[None]).square().sum(-1).argmin(-1)]
+    used = quantizer(z.t()[None]).indices[0]
+    frequency = 0.1 * torch.bincount(used, minlength=4) / 3
+    torch.testing.assert_close(quantizer.frequency, frequency)
+    alpha = torch.exp(-frequency * 4 * 10 / 0.1 - 1e-3)[:, None]
+    torch.testing.assert_close(quantizer.codebook.detach(), (1 - alpha) * old + alpha * nearest)
+    assert (alpha > 0.99).any(), "some were idle"
+
+
+def test_clustering_fills_a_codebook_that_gradients_leave_empty():
+    filled = []
+    for quantizer in (VectorQuantizer(128, 4, l2_normalize=False), ClusteringVectorQuantizer(128, 4)):
+        with torch.no_grad():
+            quantizer.codebook.mul_(0.01).add_(torch.tensor([1.0, 0, 0, 0]))
+        filled.append(usage(train(quantizer, 60)))
+    # Codes that double another move together: it frees about one at a step.
+    assert filled[1] > filled[0] + 0.3
+
+
+def test_a_decay_of_one_is_refused():
+    with pytest.raises(ValueError, match=r"never learns how often.*below 1"):
+        ClusteringVectorQuantizer(4, 2, decay=1.0)
