@@ -174,7 +174,7 @@ class ClassifierFeatures(FeatureNet):
             raise UserError(
                 f"holds a {type(network).__name__}, no classifier", where=folder, fix="train one: tokar train classifier"
             )
-        self.network, self.dim = network, network.feature_dim
+        self.folder, self.network, self.dim = folder, network, network.feature_dim
         used = EMA_NAME if (folder / EMA_NAME).exists() else WEIGHTS_NAME
         self.sha256 = file_hash(folder / used)
         self.eval().requires_grad_(False)
@@ -200,9 +200,8 @@ class ClassifierFeatures(FeatureNet):
         size = self.network.image_size
         if pixels.shape[-2:] != (size, size):
             height, width = pixels.shape[-2:]
-            raise UserError(
-                f"the classifier judges {size}x{size} images, got {height}x{width}", fix="train one on this image size"
-            )
+            what = f"the classifier judges {size}x{size} images, got {height}x{width}"
+            raise UserError(what, where=self.folder, fix="train one on this image size")
         pooled = self.network.features(pixels / 127.5 - 1)
         return Features(pooled, self.network.classify(pooled))
 

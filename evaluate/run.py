@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..conf.compose import Composed
 from ..conf.schema import Data, Evaluate, Sampling
+from ..data.files import check_place
 from ..data.progress import progress_bar
 from ..data.stream import to_image
 from ..errors import UserError
@@ -40,8 +41,9 @@ def evaluate(composed: Composed) -> int:
         raise UserError("no such file or folder", where=target, fix="point at a run, a model, an .npz or a folder of images")
     device = pick_device(config.strategy.accelerator)
     task = Task(config, composed.plain.get("sampling") or {}, target, device)
-    result = task.result()
     folder = Path(config.out) if config.out else (task.run / "evaluation" if task.run else target.parent / "evaluation")
+    check_place(folder)
+    result = task.result()
     path = result.save(folder / f"{result.name}-{content_id({**result.protocol, **result.subject})}.json")
     say(table(f"{target}: {result.name}, protocol {result.protocol_id}", result.numbers))
     say(f"written to {path}")
@@ -99,7 +101,8 @@ class Task:
             )
 
     def _samples(self, subject: dict[str, Any]) -> Result:
-        opened = open_generator(self.target, ema=self.config.ema)
+        place = Path(self.config.decode_with) if self.config.decode_with else None
+        opened = open_generator(self.target, tokenizer=place, ema=self.config.ema)
         generator, tokenizer = opened.generator.to(self.device), opened.tokenizer.to(self.device)
         sampling = Sampling.model_validate({**self._run_config.get("sampling", {}), **self.sampling}).model_dump()
         count = self.config.count or reference_batches(self._data, self._reference_split, 1, None)[1]

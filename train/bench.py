@@ -15,6 +15,7 @@ from torch import Tensor
 from ..conf.compose import compose
 from ..conf.schema import Bench
 from ..data.bench import loader_speed
+from ..data.files import check_place
 from ..errors import UserError, nearest
 from ..evaluate.console import say, table
 from ..evaluate.protocol import versions, write_whole
@@ -39,6 +40,8 @@ def bench(whats: Sequence[str], overrides: Sequence[str]) -> int:
     if unknown:
         raise UserError("nothing of that name to measure", where=unknown[0], fix=nearest(unknown[0], BENCHES))
     workers = Workers(config.strategy)
+    path = Path(config.out)
+    check_place(path.parent)
     rows: dict[str, Row] = {}
     for what in whats or BENCHES:
         measured = BENCHES[what](config, workers)
@@ -51,7 +54,6 @@ def bench(whats: Sequence[str], overrides: Sequence[str]) -> int:
         "versions": versions(),
         "commit": commit,
     }
-    path = Path(config.out)
     write_whole(path, (json.dumps({**facts, "config": config.model_dump(), "rows": rows}, indent=1) + "\n").encode())
     say(f"written to {path}")
     return 0

@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 
 from ..conf.compose import Composed, differences
-from ..errors import UserError
+from ..errors import UserError, of_system
+from ..evaluate.protocol import write_whole
 
 CONFIG_NAME, ENVIRONMENT_NAME = "config.yaml", "environment.json"
 _PACKAGES = ("torch", "lightning", "numpy", "webdataset", "hydra-core", "simplejpeg", "safetensors", "wandb", "deepspeed")
@@ -52,9 +53,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / ".lock").open("a")
         except OSError as error:
-            raise UserError(
-                f"cannot be written ({error.strerror})", where=path, fix="set paths.runs to a folder you can write"
-            ) from error
+            raise of_system(error, path, fix="set paths.runs and name to a folder you can write") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -65,16 +64,14 @@ class RunFolder:
         _write_snapshot(path, composed)
 
     def _check_config(self, composed: Composed) -> None:
-        file = self.path / CONFIG_NAME
-        if not file.exists():
+        """What was saved here must have been made with this config; where nothing was, there is nothing to mix up."""
+        if not (self.path / CONFIG_NAME).exists() or not any(self.path.glob("checkpoints/step-*/COMPLETE")):
             return
-        try:
-            earlier = yaml.safe_load(file.read_text())
-        except yaml.YAMLError as error:
-            raise UserError(
-                "not readable as YAML", where=file, fix="restore it, or remove the run folder to start afresh"
-            ) from error
-        changed = differences(composed.plain, earlier or {})
+        earlier = read_config(self.path)
+        if earlier.get("stage") != composed.plain["stage"]:
+            what = f"this is a run of the stage {earlier.get('stage')!r}"
+            raise UserError(what, where=self.path, fix="set name=… for a new run")
+        changed = differences(composed.plain, earlier)
         if changed:
             more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
             raise UserError(
@@ -86,9 +83,9 @@ class RunFolder:
 
 def _write_snapshot(path: Path, composed: Composed) -> None:
     """The resolved config, the environment and every start, and the uncommitted code."""
-    (path / CONFIG_NAME).write_text(composed.yaml())
+    write_whole(path / CONFIG_NAME, composed.yaml().encode())
     file = path / ENVIRONMENT_NAME
-    known = json.loads(file.read_text()) if file.exists() else {"starts": []}
+    known = _earlier(file)
     commit, patch = code_state()
     known |= {
         "python": platform.python_version(),
@@ -97,9 +94,18 @@ def _write_snapshot(path: Path, composed: Composed) -> None:
         "commit": commit,
     }
     known["starts"].append(" ".join(["tokar", *sys.argv[1:]]))
-    file.write_text(json.dumps(known, indent=1) + "\n")
+    write_whole(file, (json.dumps(known, indent=1) + "\n").encode())
     if patch:
-        (path / "code.patch").write_text(patch)
+        write_whole(path / "code.patch", patch.encode())
+
+
+def _earlier(file: Path) -> dict[str, Any]:
+    """What earlier starts left; a damaged record keeps no run from going on."""
+    try:
+        known = dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {"starts": []}
+    return {**known, "starts": list(known.get("starts", []))}
 
 
 def _version(package: str) -> str | None:
@@ -128,9 +134,13 @@ def read_config(path: Path) -> dict[str, Any]:
     """The resolved config of a run folder.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is damaged.
     """
     file = path / CONFIG_NAME
     if not file.is_file():
         raise UserError(f"no {CONFIG_NAME} here", where=path, fix="point at a run folder")
-    return dict(yaml.safe_load(file.read_text()))
+    try:
+        return dict(yaml.safe_load(file.read_text()))
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        fix = "restore it, or remove this file if the run was made with the config of this command"
+        raise UserError("damaged or not YAML", where=file, fix=fix) from error

@@ -12,7 +12,7 @@ from ..conf.schema import GeneratorRun
 from ..data.stream import to_image, to_uint8
 from ..models.build import build
 from ..models.generators.base import Generator
-from ..models.samplers.decode import sample
+from ..models.samplers.decode import choices_for, sample
 from ..models.tokenizers.base import Tokenizer
 from .clock import Clock
 from .randomness import sample_uniform
@@ -35,6 +35,8 @@ class GeneratorStage:
     def __init__(self, config: GeneratorRun, node: dict[str, Any], tokenizer: Tokenizer | None, facts: dict[str, Any]) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.generator: Generator = build(node)
+        drawn = config.sampling.model_dump(include={"guidance", "temperature", "top_k", "top_p", "greedy"})
+        choices_for(self.generator.plan, **drawn)  # else a mistake in them would stop the run at its first picture
         self.trainables = {"generator": Trainable(self.generator, node, config.optim, facts=facts)}
         self.frozen: list[nn.Module] = [] if tokenizer is None else [tokenizer.requires_grad_(False).eval()]
 

@@ -86,13 +86,15 @@ class MetricsFile:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file, up to a line that a kill cut short."""
+    """The records of a file without lines that a kill cut short."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
-            break
+            continue
+        if isinstance(record, dict) and "step" in record:
+            records.append(record)
     return records
 
 

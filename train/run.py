@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,9 +68,8 @@ def _fit(composed: Composed, built: Built, workers: Workers, networks: dict[str,
     size = len(built.train.dataset)
     batch = config.loop.batch_size
     clock = Clock(0, 0, Duration.parse(config.loop.duration).steps(batch, size), batch, size)
-    warn = _warner(workers.rank)
     meters = Meters()
-    saved = _restore_point(config, path, warn)
+    saved = _restore_point(config, path, workers.warn)
     if saved is not None:
         meters.sums = {key: value.to(workers.device) for key, value in checkpoint.restore(saved, networks).items()}
         clock = Clock(saved.step, saved.state["samples"], clock.total, batch, size)
@@ -110,7 +108,3 @@ def _initialise(path: Path, networks: dict[str, Network]) -> None:
     checkpoint.copy_weights(network, weights, where=path)
     if network.ema is not None:
         network.ema.load(weights)
-
-
-def _warner(rank: int) -> Callable[[str], None]:
-    return (lambda line: print(f"warning: {line}", file=sys.stderr)) if rank == 0 else (lambda line: None)

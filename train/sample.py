@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..conf.compose import Composed
 from ..conf.schema import Sample
-from ..data.files import whole_file
+from ..data.files import check_place, os_errors, whole_file
 from ..data.progress import progress_bar
 from ..errors import UserError
 from ..evaluate.console import say
@@ -29,6 +29,8 @@ def sample(composed: Composed) -> int:
         raise UserError(
             f"{config.count} pictures do not fit one grid", where="save", fix=f"set count={GRID_LIMIT}, or save=[npz]"
         )
+    out = Path(config.out) if config.out else samples_folder(Path(config.model))
+    check_place(out)
     device = pick_device(config.strategy.accelerator)
     place = Path(config.decode_with) if config.decode_with else None
     opened = open_generator(Path(config.model), tokenizer=place, ema=config.ema)
@@ -40,7 +42,7 @@ def sample(composed: Composed) -> int:
             batch_size=config.batch_size, on_batch=advance,
         )  # fmt: skip
         batches = list(drawn)  # codes are small; pictures are decoded as each file is written
-    for path in _write(config, opened, batches):
+    for path in _write(config, opened, batches, out):
         say(str(path))
     return 0
 
@@ -51,8 +53,7 @@ def samples_folder(model: Path) -> Path:
     return run / "samples"
 
 
-def _write(config: Sample, opened: OpenedGenerator, batches: list[dict[str, Tensor]]) -> list[Path]:
-    out = Path(config.out) if config.out else samples_folder(Path(config.model))
+def _write(config: Sample, opened: OpenedGenerator, batches: list[dict[str, Tensor]], out: Path) -> list[Path]:
     written = []
     if "grid" in config.save:
         images = torch.cat([batch["image"] for batch in decode_batches(opened.tokenizer, batches)])
@@ -71,7 +72,8 @@ def _write(config: Sample, opened: OpenedGenerator, batches: list[dict[str, Tens
 def _save_codes(codes: Tensor, path: Path) -> Path:
     import numpy as np
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
-        np.save(file, codes.numpy())
+    with os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            np.save(file, codes.numpy())
     return path

@@ -54,6 +54,8 @@ def build_classifier(config: ClassifierRun, workers: Workers) -> Built:
 def build_generator(config: GeneratorRun, workers: Workers) -> Built:
     """Codes in, from code shards or from images encoded on the fly."""
     tokenizer, origin = find_tokenizer(config)
+    if tokenizer is None and origin:
+        workers.warn(f"{origin['path']}: the tokenizer of these codes is not here; no pictures are drawn while training")
     train, validate = _code_splits(config, tokenizer) if config.codes.path else image_splits(config.data)
     _check_labels(train)
     layout = TokenLayout.from_dict(train.layout) if isinstance(train, CodeDataset) else _layout_of(tokenizer, config.data)
@@ -89,12 +91,14 @@ def fill(node: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
 def find_tokenizer(config: GeneratorRun) -> tuple[Tokenizer | None, dict[str, Any]]:
     """The tokenizer whose codes a generator learns, and where it comes from.
 
-    It is the one named by `codes.tokenizer`, or else the one that the code shards name, when it is still there.
+    It is the one named by `codes.tokenizer`, or else the one that the code shards name, which need not be there any more.
     """
     place = config.codes.tokenizer
     if place is None and config.codes.path:
-        named = CodeDataset(Path(config.codes.path) / config.data.train_split).manifest["protocol"].get("tokenizer")
-        place = named if named and Path(named).exists() else None
+        manifest = CodeDataset(Path(config.codes.path) / config.data.train_split).manifest
+        place = manifest["protocol"].get("tokenizer")
+        if place and not Path(place).exists():
+            return None, {"path": str(place), "hash": manifest["tokenizer_hash"]}
     if place is None:
         return None, {}
     tokenizer = open_tokenizer(Path(place))
@@ -103,10 +107,8 @@ def find_tokenizer(config: GeneratorRun) -> tuple[Tokenizer | None, dict[str, An
 
 def _code_splits(config: GeneratorRun, tokenizer: Tokenizer | None) -> tuple[CodeDataset, CodeDataset]:
     folder = Path(str(config.codes.path))
-    expected = weights_hash(tokenizer) if tokenizer is not None else None
-    train, validate = (
-        CodeDataset(folder / split, expected_hash=expected) for split in (config.data.train_split, config.data.val_split)
-    )
+    expected = (tokenizer.layout.to_dict(), weights_hash(tokenizer)) if tokenizer is not None else (None, None)
+    train, validate = (CodeDataset(folder / split, *expected) for split in (config.data.train_split, config.data.val_split))
     return train, validate
 
 

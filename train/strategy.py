@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -136,6 +137,11 @@ class Workers:
         if self.world == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def warn(self, line: str) -> None:
+        """Tell the user, once for all ranks."""
+        if self.rank == 0:
+            sys.stderr.write(f"warning: {line}\n")
 
     def barrier(self) -> None:
         """Wait for every rank."""

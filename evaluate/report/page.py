@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -32,7 +33,11 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     Raises:
         UserError: a folder is no run, or the page cannot be written.
     """
-    write_whole(out, page(read_runs(runs)).encode())
+    read = read_runs(runs)
+    write_whole(out, page(read).encode())
+    for run in read:
+        for note in run.notes:
+            sys.stderr.write(f"warning: {run.folder}: {note}\n")
     return out
 
 

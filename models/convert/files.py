@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from ...errors import UserError
-from ..build import CONFIG_NAME, EMA_NAME, WEIGHTS_NAME, build, load_strict, read_weights, save_model
+from ..build import CONFIG_NAME, EMA_NAME, WEIGHTS_NAME, build, load_strict, read_weights, save_model, save_weights
 from . import families
 from .checkpoint import full_precision, read_checkpoint, unwrap
 from .family import Family, Node, shapes_of
@@ -92,9 +91,11 @@ def export_original(folder: Path, out_file: Path, family: str | None = None) -> 
     chosen = families.get(name)
     averaged = folder / EMA_NAME
     theirs = chosen.to_theirs(read_weights(averaged if averaged.exists() else folder / WEIGHTS_NAME))
+    if out_file.is_dir():
+        raise UserError("is a folder", where=out_file, fix="give a file to write, e.g. MODEL.safetensors")
     out_file.parent.mkdir(parents=True, exist_ok=True)
     if out_file.suffix == ".safetensors":
-        save_file({key: value.contiguous() for key, value in theirs.items()}, out_file)
+        save_weights(theirs, out_file)
     else:
         torch.save({"model": theirs}, out_file)
     return chosen

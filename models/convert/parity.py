@@ -77,6 +77,10 @@ def run_parity(file: Path) -> ParityReport:
     """
     groups, config = _read(file)
     inputs, expected = groups.pop("in", {}), groups.pop("out", {})
+    if not expected:
+        raise UserError(
+            "not a parity file: no answers in it", where=file, fix="give a .safetensors file with state, in and out"
+        )
     families = {part: family for part, state in groups.items() if (family := find(state))}
     family = _family_of(groups, families, where=file)
     models = {part: load_original(found, groups[part], config, where=file) for part, found in families.items()}

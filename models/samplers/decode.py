@@ -54,7 +54,12 @@ class Choices:
         return max((unit for unit, guided in enumerate(self.guided) if guided), default=-1)
 
 
-def _choices(plan: Plan, guidance: Varying, temperature: Varying, top_k: int, top_p: float, greedy: bool) -> Choices:
+def choices_for(plan: Plan, guidance: Varying, temperature: Varying, top_k: int, top_p: float, greedy: bool) -> Choices:
+    """How every unit of `plan` is drawn; see `sample`.
+
+    Raises:
+        UserError: a number out of range, an unknown schedule.
+    """
     temperatures = parse_schedule(temperature, "temperature").over(plan)
     if min(temperatures) <= 0:
         raise UserError("must be positive", where="temperature", fix="use greedy for the most likely token")
@@ -131,7 +136,7 @@ def sample(
         UserError: a choice out of range, or a generator that gives NaN.
     """
     plan, total = generator.plan, len(condition) * generator.plan.n_tokens
-    choices = _choices(plan, guidance, temperature, top_k, top_p, greedy)
+    choices = choices_for(plan, guidance, temperature, top_k, top_p, greedy)
     ids = range(len(condition)) if sample_ids is None else sample_ids.tolist()
     _check_request(generator, condition, seed, ids, given)
     if max_batch is not None and max_batch < 1:

@@ -215,7 +215,7 @@ def test_a_damaged_header_is_one_line(folder, name):
 
 
 def test_images_are_not_codes_nor_codes_images(folder, tmp_path):
-    with pytest.raises(UserError, match="codes, not images; give them as codes.path"):
+    with pytest.raises(UserError, match=r"codes, not images; give them as codes\.path"):
         ImageDataset(folder.parent, folder.name)
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "manifest.json").write_text('{"format": 1, "shards": [{"name": "x.tar", "bytes": 3}]}')

@@ -45,3 +45,10 @@ def test_a_restarted_file_drops_what_came_after_the_checkpoint_and_a_torn_line(t
     again.write(at(30), {"loss": 1 / 30})
     assert path.read_bytes() == straight
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20, 30]
+
+
+def test_lines_that_are_no_records_are_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "sam\n3\n{"samples": 8}\n{"step": 2}\n{"step": 3}\n')
+    MetricsFile(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -42,7 +42,7 @@ def test_unknown_weights_name_the_families():
 
 def test_a_file_that_is_no_parity_file_is_refused(tmp_path):
     save_file({"in.image": torch.ones(1)}, tmp_path / "a.safetensors", {"config": json.dumps({})})
-    with pytest.raises(UserError, match=r"no family has the parts \(none\)"):
+    with pytest.raises(UserError, match=r"no answers in it"):
         run_parity(tmp_path / "a.safetensors")
     (tmp_path / "b.safetensors").write_text("no")
     for name in ("b.safetensors", "missing.safetensors"):
