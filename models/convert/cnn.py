@@ -121,6 +121,7 @@ def read_quantizer(shapes: Shapes, config: Mapping[str, Any]) -> Node:
         "beta": config.get("commit_loss_beta", 0.25),
         "l2_normalize": config.get("codebook_l2_norm", True),
         "entropy_weight": config.get("entropy_loss_ratio", 0.0),
+        "rotate": config.get("rot", False),
     }
 
 

@@ -2,11 +2,11 @@
 
 import itertools
 import json
-import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from published import assert_published, published, section
 from safetensors.torch import save_file
 from tokar.errors import UserError
 from tokar.models.build import build
@@ -82,36 +82,6 @@ def our_model(multipliers):
         )
 
 
-def indices(text):
-    ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
-    return [index for end in ends for index in range(end[0], end[-1] + 1)]
-
-
-def expand(pattern):
-    pieces = re.split(r"\{([\d,-]+)\}", pattern)
-    options = [[piece] if place % 2 == 0 else indices(piece) for place, piece in enumerate(pieces)]
-    return ["".join(map(str, choice)) for choice in itertools.product(*options)]
-
-
-def published(table, suffixes):
-    """Name pattern lines to {name: allowed shapes}."""
-    names = {}
-    for line in table.strip().splitlines():
-        pattern, count, *shapes = line.split()
-        shapes = {tuple(int(size) for size in shape.strip("()").split(",") if size) for shape in shapes}
-        expanded = expand(pattern)
-        assert f"x{len(expanded)}" == count
-        for name, suffix in itertools.product(expanded, suffixes):
-            names[name + suffix] = {shape[:1] for shape in shapes} if suffix == ".bias" else shapes
-    return names
-
-
-def assert_published(theirs, expected):
-    assert set(theirs) == set(expected)
-    assert [(name, shape) for name, shape in theirs.items() if shape not in expected[name]] == []
-    assert {shape for shapes in expected.values() for shape in shapes} == set(theirs.values()), "every shape occurs"
-
-
 @pytest.mark.parametrize(
     ("multipliers", "millions", "tensors"), [([1, 1, 2, 2, 4], 71.88, 344), ([1, 2, 2, 4], 70.11, 300)], ids=["vq16", "vq8"]
 )
@@ -134,8 +104,8 @@ def test_published_names_and_shapes():
 @pytest.mark.parametrize(("title", "multipliers"), [("VQ-16", [1, 1, 2, 2, 4]), ("VQ-8", [1, 2, 2, 4])])
 def test_names_and_shapes_of_the_specification(shared_parity, title, multipliers):
     text = (shared_parity.parent / "specs" / "tokenizers_keys.txt").read_text()
-    section = re.search(rf"^## LlamaGen {title}.*?\n(.*?)(?=^## )", text, re.S | re.M)[1]
-    assert_published(shapes_of(FAMILY.to_theirs(our_model(multipliers).state_dict())), published(section, ("",)))
+    expected = published(section(text, f"LlamaGen {title}"), ("",))
+    assert_published(shapes_of(FAMILY.to_theirs(our_model(multipliers).state_dict())), expected)
 
 
 # ---- a second implementation, in functions, from the description of the original ----
