@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
+from . import cnn
 from .family import Family, Node, Shapes, State
 
 _CODEBOOK, _PHI = "quantize.embedding.weight", "quantize.quant_resi."
@@ -35,7 +36,6 @@ _NAMES = (
 # A single φ for all scales has no number.
 _ONE_PHI = ((_PHI + "qresi.", "quantizer.shared_phis.0."),)
 _PUBLISHED_SCALES = [1, 2, 3, 4, 5, 6, 8, 10, 13, 16]
-_MODELS = "tokar.models.tokenizers"
 
 
 class VARVQVAE(Family):
@@ -55,7 +55,7 @@ class VARVQVAE(Family):
         codebook_size, dim = shapes[_CODEBOOK]
         shared, count = _phis(shapes)
         found = {"ch": encoder["width"], "z_channels": encoder["z_channels"], "vocab_size": codebook_size}
-        _check_against(config, {**found, "ch_mult": encoder["multipliers"]})
+        cnn.check_against(config, {**found, "ch_mult": encoder["multipliers"]})
         dropout = {"dropout": config.get("dropout", 0.0)}
         quantizer = {
             "codebook_size": codebook_size,
@@ -67,10 +67,10 @@ class VARVQVAE(Family):
             "phi_ratio": abs(config.get("quant_resi", 0.5)) if count else 0.0,
         }
         return {
-            "_target_": f"{_MODELS}.multiscale.MultiScaleVQ",
-            "encoder": {"_target_": f"{_MODELS}.conv.ConvEncoder", **encoder, **dropout},
-            "decoder": {"_target_": f"{_MODELS}.conv.ConvDecoder", **decoder, **dropout},
-            "quantizer": {"_target_": f"{_MODELS}.multiscale_quantizer.MultiScaleQuantizer", **quantizer},
+            "_target_": f"{cnn.MODELS}.multiscale.MultiScaleVQ",
+            "encoder": {"_target_": f"{cnn.MODELS}.conv.ConvEncoder", **encoder, **dropout},
+            "decoder": {"_target_": f"{cnn.MODELS}.conv.ConvDecoder", **decoder, **dropout},
+            "quantizer": {"_target_": f"{cnn.MODELS}.multiscale_quantizer.MultiScaleQuantizer", **quantizer},
             "kernel": shapes["quant_conv.weight"][-1] if "quant_conv.weight" in shapes else 3,
         }
 
@@ -174,10 +174,3 @@ def _scales(shapes: Shapes, config: Mapping[str, Any]) -> list[int]:
     if len(scales) != count:
         raise UserError(f"patch_nums has {len(scales)} scales, the weights {count}", fix="correct the config")
     return scales
-
-
-def _check_against(config: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    for key, value in found.items():
-        given = config.get(key, value)
-        if (list(given) if isinstance(given, list | tuple) else given) != value:
-            raise UserError(f"{key} is {given} in the config, but {value} in the weights", fix="correct the config")

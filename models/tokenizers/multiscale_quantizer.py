@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
 from .quantizers import Quantized, nearest_code
+from .quantizers.base import straight_through
+from .quantizers.ranks import gather_over_ranks, ranks, sum_over_ranks
 
 Grid = tuple[int, int]
 
@@ -83,7 +84,7 @@ class MultiScaleQuantizer(nn.Module):
         phi_ratio: α; at 0 there are no convolutions.
         restart_after: a code that no scale of any training step has used for so many steps is moved onto a residual of the
             current batch, drawn evenly from all scales, so that the coarse ones, with few tokens, get their share; 0: never.
-            Seeded by torch's RNG; several ranks share the counts and take rank 0's vectors.
+            Seeded by torch's RNG; several ranks share the counts, and each gives its part of the residuals.
         scale_dropout: probability that a training image loses its finest scales; its losses are the mean over those kept.
         keep_scales: at least so many scales are kept; how many is drawn evenly.
 
@@ -163,9 +164,7 @@ class MultiScaleQuantizer(nn.Module):
                 "codebook": (weights * torch.stack(codebook)).sum(0).mean(),
                 "commitment": self.beta * (weights * torch.stack(commitment)).sum(0).mean(),
             }
-            # f − sg f is exactly zero, so the value is f̂ itself and the gradient is the identity.
-            latent = f_hat.detach() + (f - f.detach())
-        return Quantized(latent, torch.cat(codes, 1), losses)
+        return Quantized(straight_through(f_hat, f), torch.cat(codes, 1), losses)
 
     def _lift(self, k: int, vectors: Tensor) -> Tensor:
         """φ(up(vectors)): what vectors `[B, n, D]` of scale `k` add to f̂."""
@@ -210,19 +209,18 @@ class MultiScaleQuantizer(nn.Module):
         hit = torch.zeros_like(self.steps_unused)
         for row, part in zip(hit, codes, strict=True):
             row.index_fill_(0, part.flatten(), 1)
-        candidates = self._candidates(residuals)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(hit, dist.ReduceOp.MAX)
-            dist.broadcast(candidates, src=0)
-        self.steps_unused.add_(1).mul_(1 - hit)
+        share = -(-self.codebook_size // ranks())
+        candidates = gather_over_ranks(_draw_rows(residuals, share)).transpose(0, 1).flatten(0, 1)[: self.codebook_size]
+        self.steps_unused.add_(1).mul_(sum_over_ranks(hit) == 0)
         dead = self.steps_unused.amin(0) >= self.restart_after
         self.codebook.copy_(torch.where(dead[:, None], candidates.to(self.codebook), self.codebook))
         self.steps_unused.masked_fill_(dead, 0)
 
-    def _candidates(self, residuals: Sequence[Tensor]) -> Tensor:
-        """One residual `[D]` for every code: a scale drawn evenly, then any of its rows."""
-        rows = torch.cat([part.reshape(-1, self.dim) for part in residuals])
-        sizes = torch.tensor([part.shape[0] * part.shape[1] for part in residuals], device=rows.device)
-        scale = torch.randint(len(residuals), (self.codebook_size,), device=rows.device)
-        within = (torch.rand(self.codebook_size, device=rows.device, dtype=torch.float64) * sizes[scale]).long()
-        return rows[(sizes.cumsum(0) - sizes)[scale] + within]
+
+def _draw_rows(parts: Sequence[Tensor], count: int) -> Tensor:
+    """Rows `[count, D]` of `[B, n, D]` parts: for each a part drawn evenly, then any of its rows."""
+    rows = torch.cat([part.flatten(0, 1) for part in parts])
+    sizes = torch.tensor([part.shape[0] * part.shape[1] for part in parts], device=rows.device)
+    part = torch.randint(len(parts), (count,), device=rows.device)
+    within = (torch.rand(count, device=rows.device, dtype=torch.float64) * sizes[part]).long()
+    return rows[(sizes.cumsum(0) - sizes)[part] + within]

@@ -3,10 +3,11 @@ import torch
 import torch.nn.functional as F
 from tokar.errors import UserError
 from tokar.models.tokenizers.conv import ConvDecoder, ConvEncoder
+from tokar.models.tokenizers.flexvar import FlexVAR
 from tokar.models.tokenizers.layout import TokenLayout
-from tokar.models.tokenizers.multiscale import FlexVAR, MultiScaleVQ
+from tokar.models.tokenizers.multiscale import MultiScaleVQ
 from tokar.models.tokenizers.multiscale_quantizer import MultiScaleQuantizer
-from tokar.models.tokenizers.quantizers import VectorQuantizer
+from tokar.models.tokenizers.quantizers import FSQ, ResidualQuantizer, VectorQuantizer
 
 SMALL = {"width": 8, "multipliers": (1, 2), "blocks": 1, "z_channels": 6, "norm_groups": 4}
 SCALES = ([1, 1], [2, 2], [2, 3], [4, 6])
@@ -220,6 +221,15 @@ def test_drawn_grids_are_below_the_finest_and_differ():
     assert sorted(model._draw()) == [(1, 2), (2, 3), (3, 4)]
     with pytest.raises(ValueError, match="drawn_scales 4 exceeds the 3 grids below the finest"):
         flex(drawn_scales=4)
+
+
+def test_any_quantizer_of_single_codes_serves(image):
+    model = FlexVAR(*halves(), FSQ((5, 5, 5)), SCALES).eval()
+    output = model(image)
+    assert model.layout.vocab_size == 125
+    assert torch.equal(model.decode(output.codes), output.reconstruction)
+    with pytest.raises(ValueError, match="ResidualQuantizer gives several codes to a position"):
+        FlexVAR(*halves(), ResidualQuantizer({"a": VectorQuantizer(8, 4), "b": VectorQuantizer(8, 4)}), SCALES)
 
 
 @pytest.mark.parametrize("make", [residual, flex])
