@@ -49,9 +49,9 @@ class UsesFrozen(nn.Module):
         return self._aside[0]
 
     def normalise(self, image: Tensor) -> Tensor:
-        """Images in [-1, 1] in the frozen network's own units, float32."""
+        """Images in [-1, 1] in the frozen network's own units and precision."""
         mean, std = (image.new_tensor(values, dtype=torch.float32).view(3, 1, 1) for values in self._statistics)
-        return ((image.float() + 1) / 2 - mean) / std
+        return (((image.float() + 1) / 2 - mean) / std).to(next(self.frozen.parameters()).dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UsesFrozen:
         """What `to`, `cuda`, `float`, … call: the frozen network goes along."""
@@ -60,14 +60,13 @@ class UsesFrozen(nn.Module):
         return self
 
 
-def load_frozen(path: str, kinds: dict[str, str], name: str, **options: Any) -> Any:
+def load_frozen(path: str, kinds: dict[str, str], name: str) -> Any:
     """A module of transformers, float32, every weight of it from the file.
 
     Args:
         path: a folder on disk, or the id of a model on the Hugging Face hub, which is downloaded once.
         kinds: class of transformers by the `model_type` that the folder's `config.json` may state.
         name: what errors call it.
-        options: for `from_pretrained`.
 
     Raises:
         UserError: transformers is not installed, there is no such model, it is of another kind, or weights are missing.
@@ -88,11 +87,12 @@ def load_frozen(path: str, kinds: dict[str, str], name: str, **options: Any) -> 
             if kind not in kinds:
                 raise UserError(f"holds a model of type {kind!r}, not {name}", where=path, fix=fix)
             network, report = getattr(transformers, kinds[kind]).from_pretrained(
-                source, output_loading_info=True, dtype=torch.float32, **options
+                source, output_loading_info=True, dtype=torch.float32
             )
         except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
             raise UserError(f"no readable {name} model there", where=path, fix=fix) from error
-    if missing := sorted(report["missing_keys"]):
+    # A pooler, absent from DINO's files, would be made anew; nobody here reads it.
+    if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
         raise UserError(f"lacks {len(missing)} tensors of {name}, first {missing[0]}", where=path, fix=fix)
     return network
 
