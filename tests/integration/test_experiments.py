@@ -17,6 +17,12 @@ TOKENIZERS = {"digits_llamagen": "digits_vqgan", "llamagen_b": "llamagen_vq16"}
 CUT = {
     "llamagen_vq": ["tokenizer.encoder.width=32", "tokenizer.quantizer.codebook_size=64"],
     "var_vqvae": ["tokenizer.encoder.width=32", "tokenizer.quantizer.codebook_size=64"],
+    "gigatok": [
+        "tokenizer.encoder.width=32", "tokenizer.encoder.z_channels=32", "tokenizer.quantizer.codebook_size=64",
+        "tokenizer.token_encoder.width=32", "tokenizer.token_encoder.layers=1", "tokenizer.token_encoder.heads=2",
+        "tokenizer.token_decoder.width=32", "tokenizer.token_decoder.layers=1", "tokenizer.token_decoder.heads=2",
+        "tokenizer.semantic.depth=1",
+    ],
     "llamagen_b": ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32"],
 }  # fmt: skip
 """By the beginning of a name: what makes a recipe small while its shape, losses and optimizers stay."""
