@@ -16,6 +16,7 @@ from ..evaluate.reconstruction import psnr, ssim
 from ..models.build import build
 from ..models.tokenizers.base import Tokenizer, TokenizerOutput
 from ..models.tokenizers.losses import LPIPS, discriminator_loss, generator_loss, reconstruction_loss
+from ..models.tokenizers.teachers import Teacher, semantic_loss
 from .clock import Clock
 from .stage import Batch, Networks
 from .strategy import Network, Trainable
@@ -41,7 +42,7 @@ class TokenizerStage:
             self.trainables["discriminator"] = Trainable(adversary, config.discriminator, config.discriminator_optim, ema=False)
         self.perceptual = LPIPS(config.losses.lpips_weights) if config.losses.perceptual_weight else None
         self.semantic = config.semantic
-        self.teacher: nn.Module | None = build(config.semantic.teacher) if config.semantic is not None else None
+        self.teacher: Teacher | None = build(config.semantic.teacher) if config.semantic is not None else None
         self.frozen: list[nn.Module] = [module for module in (self.perceptual, self.teacher) if module is not None]
         self.last_layer = LastLayer(self.tokenizer.last_layer()) if config.losses.adaptive else None
 
@@ -80,8 +81,6 @@ class TokenizerStage:
                     where="semantic",
                     fix="give it a semantic head, or set semantic=null",
                 )
-            from ..models.tokenizers.teachers import semantic_loss
-
             losses["semantic"] = self.semantic.weight * semantic_loss(output.semantic, self.teacher(image))
         return losses
 
