@@ -26,8 +26,8 @@ from .signals import StopFlag, Stopped
 from .stage import Batch, Stage
 from .strategy import Network, Workers
 
-COLLAPSED = 0.02
-"""Share of a codebook in use between two logs below which it is called collapsed."""
+COLLAPSED, SETTLED = 0.02, 100
+"""A codebook is called collapsed when, from step `SETTLED` on, less than this share of it is used between two logs."""
 
 
 @dataclass
@@ -128,7 +128,7 @@ class Fit:
                 fix="lower optim.lr or optim.clip, or look for bad images; the last checkpoint is sound",
             )
         for name, value in values.items():
-            if name.endswith("/usage") and value < COLLAPSED and name not in self.told:
+            if name.endswith("/usage") and value < COLLAPSED and self.clock.step >= SETTLED and name not in self.told:
                 self.told.add(name)
                 self.progress.say(f"warning: {name} is {value:.4f} at step {self.clock.step}: the codebook has collapsed; "
                                   "try tokenizer.quantizer.restart_after=100 or a lower optim.lr")  # fmt: skip

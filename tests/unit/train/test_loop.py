@@ -6,15 +6,15 @@ from tokar.train.clock import Clock
 from tokar.train.loop import Fit
 
 
-def loop(said):
+def loop(said, step=140):
     return SimpleNamespace(
-        clock=Clock(40, 320, 100, 8, 100), folder="runs/x", told=set(), progress=SimpleNamespace(say=said.append)
+        clock=Clock(step, 320, 200, 8, 100), folder="runs/x", told=set(), progress=SimpleNamespace(say=said.append)
     )
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_ends_the_run_in_one_line(loss):
-    with pytest.raises(UserError, match=rf"runs/x: the loss is {loss} at step 40; lower optim\.lr"):
+    with pytest.raises(UserError, match=rf"runs/x: the loss is {loss} at step 140; lower optim\.lr"):
         Fit._check(loop([]), {"train/loss": loss})
 
 
@@ -24,10 +24,16 @@ def test_a_collapsed_codebook_is_told_once():
     for _ in range(3):
         Fit._check(fit, {"train/loss": 1.0, "train/codes/usage": 0.004, "train/codes/perplexity": 1.0})
     assert len(said) == 1
-    assert "train/codes/usage is 0.0040 at step 40: the codebook has collapsed" in said[0]
+    assert "train/codes/usage is 0.0040 at step 140: the codebook has collapsed" in said[0]
 
 
 def test_a_codebook_in_use_is_not_told():
     said = []
     Fit._check(loop(said), {"train/loss": 1.0, "train/codes/usage": 0.5})
+    assert said == []
+
+
+def test_a_codebook_may_settle_first():
+    said = []
+    Fit._check(loop(said, step=40), {"train/loss": 1.0, "train/codes/usage": 0.004})
     assert said == []
