@@ -1,6 +1,6 @@
-"""Losses of tokenizer training: reconstruction, adversarial, adaptive weight, and perceptual (LPIPS).
+"""Losses of tokenizer training: reconstruction, adversarial and its regularisation, adaptive weight, perceptual.
 
-Shapes: `B` batch, `C` channels, `H`, `W` height and width. Images are in [-1, 1]; logits have any shape.
+Shapes: `B` batch, `C` channels, `H`, `W` height and width, `K` classes. Images are in [-1, 1]; logits have any shape.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ...ranges import Fraction, PositiveInt
 from ..build import load_strict
 from ..convert.checkpoint import read_checkpoint, unwrap
+from .frozen import IMAGENET, UsesFrozen, load_frozen
+from .quantizers.ranks import mean_over_ranks
 
 Adversarial = Literal["hinge", "non_saturating"]
 
@@ -54,6 +57,52 @@ def adaptive_weight(fidelity_norm: Tensor, adversarial_norm: Tensor, limit: floa
         limit: 1e4 in taming-transformers.
     """
     return (fidelity_norm / (adversarial_norm + 1e-4)).clamp(0.0, limit).detach()
+
+
+def warm_up(step: int, start: int, length: int) -> float:
+    """Factor of a weight that rises linearly from 0 at `start` to 1 after `length` steps, and stays; 0 before."""
+    return float(step >= start) if length <= 0 else min(max((step - start) / length, 0.0), 1.0)
+
+
+def r1_penalty(logits: Tensor, image: Tensor) -> Tensor:
+    """Mean over images of ‖∇_x D(x)‖² on real images (Mescheder et al. 2018, without their γ/2), with gradient.
+
+    Args:
+        logits: `[B]` or `[B, …]`, of `image`; D(x) is the mean over an image's logits, as in the adversarial losses.
+        image: `[B, …]`, requires gradients.
+    """
+    # The sum gives every image its own gradient in one backward where images are judged alone (all but batch norm).
+    judged = logits.float().reshape(len(image), -1).mean(1).sum()
+    (gradient,) = torch.autograd.grad(judged, image, create_graph=True)
+    return gradient.float().square().flatten(1).sum(1).mean()
+
+
+class LeCam(nn.Module):
+    """LeCam regularisation (Tseng et al. 2021): logits keep near the moving average of the other kind's.
+
+    mean relu(real − ᾱ_fake)² + mean relu(ᾱ_real − fake)², the averages ᾱ over all ranks and updated first, from 0, as in
+    the authors' code and Open-MAGVIT2's. They belong to the state of training: save them with the discriminator.
+
+    Args:
+        decay: of the averages.
+    """
+
+    real: Tensor
+    fake: Tensor
+
+    def __init__(self, decay: Fraction = 0.999) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("real", torch.zeros(()))
+        self.register_buffer("fake", torch.zeros(()))
+
+    def forward(self, real: Tensor, fake: Tensor) -> Tensor:
+        """The penalty of logits of images and of reconstructions; only while training it moves the averages."""
+        real, fake = real.float(), fake.float()
+        if self.training:
+            self.real.lerp_(mean_over_ranks(real.detach().mean()), 1 - self.decay)
+            self.fake.lerp_(mean_over_ranks(fake.detach().mean()), 1 - self.decay)
+        return F.relu(real - self.fake).square().mean() + F.relu(self.real - fake).square().mean()
 
 
 # VGG16: channels of the five stages, and the index of each convolution in torchvision's `features`.
@@ -121,6 +170,33 @@ class LPIPS(nn.Module):
         return sum(
             (torch.einsum("bchw,c->bhw", (a - b).square(), w).mean((1, 2)) for a, b, w in pairs), start=image.new_zeros(())
         )
+
+
+class ConvNextPerceptual(UsesFrozen):
+    """Distance of a frozen ImageNet classifier's logits, mean (ℓ(x) − ℓ(y))² over classes, as TiTok and MaskBit use it.
+
+    Images are resampled bilinearly with antialias; published are ConvNeXt-S and 224 pixels.
+
+    Args:
+        path: a folder on disk or a hub id of a ConvNeXt of transformers, such as facebook/convnext-small-224.
+        size: side in pixels that it sees.
+    """
+
+    def __init__(self, path: str, size: PositiveInt = 224) -> None:
+        kinds = {"convnext": "ConvNextForImageClassification", "convnextv2": "ConvNextV2ForImageClassification"}
+        super().__init__(load_frozen(path, kinds, "ConvNeXt"), IMAGENET)
+        self.size = size
+
+    def logits(self, image: Tensor) -> Tensor:
+        """Logits `[B, K]` of images of any size."""
+        resized = F.interpolate(image.float(), (self.size, self.size), mode="bilinear", align_corners=False, antialias=True)
+        return self.frozen(pixel_values=self.normalise(resized)).logits.float()
+
+    def forward(self, image: Tensor, reference: Tensor) -> Tensor:
+        """Distance `[B]` of images in [-1, 1]; pass the one that needs gradients first, no gradient reaches the second."""
+        with torch.no_grad():
+            target = self.logits(reference)
+        return (self.logits(image) - target).square().mean(1)
 
 
 def _vgg_stage(width_in: int, widths: tuple[int, ...]) -> nn.Sequential:

@@ -1,15 +1,20 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from frozen_models import save_random
 from lpips_weights import CONVOLUTIONS, STAGE_ENDS, random_lpips
 from safetensors.torch import save_file
 from tokar.errors import UserError
 from tokar.models.tokenizers.losses import (
     LPIPS,
+    ConvNextPerceptual,
+    LeCam,
     adaptive_weight,
     discriminator_loss,
     generator_loss,
+    r1_penalty,
     reconstruction_loss,
+    warm_up,
 )
 
 
@@ -51,6 +56,90 @@ def test_adaptive_weight_is_a_clamped_ratio_without_gradient():
     assert weight.item() == pytest.approx(3.0 / 2.0001)
     assert not weight.requires_grad
     assert adaptive_weight(fidelity, torch.tensor(0.0), limit=7.0) == 7.0
+
+
+def test_warm_up_rises_once():
+    assert [warm_up(step, 10, 4) for step in (0, 10, 11, 13, 14, 99)] == [0, 0, 0.25, 0.75, 1, 1]
+    assert [warm_up(step, 10, 0) for step in (9, 10, 11)] == [0, 1, 1]
+
+
+def test_r1_of_a_linear_judge_is_its_squared_weight():
+    weight = torch.randn(3, 4, 4, requires_grad=True)
+    image = torch.randn(5, 3, 4, 4, requires_grad=True)
+    logits = (image * weight).sum((1, 2, 3))
+    penalty = r1_penalty(logits, image)
+    torch.testing.assert_close(penalty, weight.square().sum())
+    (gradient,) = torch.autograd.grad(penalty, weight)
+    torch.testing.assert_close(gradient, 2 * weight)
+
+
+def test_r1_takes_each_image_by_itself_and_the_mean_of_its_logits():
+    torch.manual_seed(0)
+    judge = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Tanh(), torch.nn.Conv2d(4, 1, 3))
+    image = torch.randn(3, 3, 8, 8, requires_grad=True)
+    alone = []
+    for one in image.detach():
+        one.requires_grad_(True)
+        (gradient,) = torch.autograd.grad(judge(one[None]).mean(), one)
+        alone.append(gradient.square().sum())
+    torch.testing.assert_close(r1_penalty(judge(image), image), torch.stack(alone).mean())
+
+
+def test_lecam_by_hand_over_two_steps():
+    lecam = LeCam(decay=0.9)
+    real, fake = torch.tensor([2.0, -1.0]), torch.tensor([[1.0], [-3.0]])
+    average_real, average_fake = 0.1 * 0.5, 0.1 * -1.0
+    expected = ((2 - average_fake) ** 2 + 0) / 2 + (0 + (average_real + 3) ** 2) / 2
+    torch.testing.assert_close(lecam(real, fake), torch.tensor(expected))
+    lecam(real + 1, fake - 1)
+    torch.testing.assert_close(lecam.real, torch.tensor(0.9 * 0.05 + 0.1 * 1.5))
+    torch.testing.assert_close(lecam.fake, torch.tensor(0.9 * -0.1 + 0.1 * -2.0))
+    before = dict(lecam.state_dict())
+    assert set(before) == {"real", "fake"}, "a resumed run goes on from them"
+    lecam.eval()(real, fake)
+    assert all(torch.equal(value, before[name]) for name, value in lecam.state_dict().items())
+
+
+def test_lecam_pulls_logits_to_the_other_kinds_average():
+    lecam = LeCam()
+    real, fake = torch.full((3,), 2.0, requires_grad=True), torch.full((3,), -2.0, requires_grad=True)
+    lecam(real, fake).backward()
+    assert (real.grad > 0).all(), "descending lowers the logits of images"
+    assert (fake.grad < 0).all()
+
+
+@pytest.fixture(scope="module")
+def convnext(tmp_path_factory):
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("convnext")
+    model = save_random(
+        "ConvNextForImageClassification", folder, hidden_sizes=[4, 8], depths=[1, 1], num_stages=2, num_labels=7
+    )
+    return model, ConvNextPerceptual(str(folder), size=32)
+
+
+def test_convnext_is_the_mean_square_of_logits(convnext):
+    model, perceptual = convnext
+    x, y = torch.rand(2, 3, 48, 40) * 2 - 1, torch.rand(2, 3, 48, 40) * 2 - 1
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    with torch.no_grad():
+        a, b = (
+            model(pixel_values=(F.interpolate((i + 1) / 2, (32, 32), mode="bilinear", antialias=True) - mean) / std).logits
+            for i in (x, y)
+        )
+    torch.testing.assert_close(perceptual(x, y).mean(), F.mse_loss(a, b))
+    assert perceptual(x, y).shape == (2,)
+    assert perceptual(x, x).abs().max() == 0
+
+
+def test_convnext_is_frozen_and_its_gradient_reaches_the_first_image_only(convnext):
+    x, y = torch.zeros(1, 3, 32, 32, requires_grad=True), torch.ones(1, 3, 32, 32, requires_grad=True)
+    perceptual = convnext[1].train().requires_grad_(True)
+    perceptual(x, y).sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert y.grad is None
+    assert not any(value.requires_grad for value in perceptual.frozen.parameters())
+    assert not perceptual.state_dict()
 
 
 @pytest.fixture(scope="module")
