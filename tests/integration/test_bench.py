@@ -6,7 +6,8 @@ SMALL = [
     "data.image_size=16", "tokenizer.encoder.width=32", "tokenizer.encoder.multipliers=[1,1]", "tokenizer.encoder.blocks=1",
     "tokenizer.decoder.blocks=1", "tokenizer.quantizer.codebook_size=64", "discriminator.width=8",
     "discriminator.layers=1",
-    "generator.dim=64", "generator.layers=2", "generator.heads=2", "grid=[4,4]", "seconds=0.1", "batch_size=2", "sample_batch=2",
+    "generator.dim=64", "generator.layers=2", "generator.heads=2", "grid=[4,4]", "seconds=0.1", "batch_size=2",
+    "sample_batch=2",
     "strategy.accelerator=cpu", "out=bench.json",
 ]  # fmt: skip
 

@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tokar.conf.overrides import ROOT
 from tokar.data.prepare import prepare
+from transformers import Dinov2Config, Dinov2Model
 
 TEXTS = {path.stem: path.read_text() for path in sorted(ROOT.glob("experiment/*.yaml"))}
 STAGES = {name: re.search(r"^stage: (\w+)", text, re.MULTILINE)[1] for name, text in TEXTS.items()}
@@ -50,6 +51,8 @@ def noise(tmp_path_factory):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("experiments")
     save_file(random_lpips(), folder / "lpips.safetensors")
+    config = Dinov2Config(hidden_size=768, num_hidden_layers=1, num_attention_heads=12, patch_size=14, image_size=224)
+    Dinov2Model(config).save_pretrained(folder / "dinov2")
     return folder
 
 
@@ -66,6 +69,8 @@ def take_step(start, noise, folder):
                 overrides += ["codes.path=null", f"codes.tokenizer={take(TOKENIZERS[name])}"]
             if "perceptual_weight" in TEXTS[name]:
                 overrides.append("losses.lpips_weights=lpips.safetensors")
+            if "override /semantic" in TEXTS[name]:
+                overrides.append("semantic.teacher.path=dinov2")
             command = start(folder, "train", STAGES[name], *overrides)
             assert command.wait() == 0, command.log.read_text()
         return done[name]

@@ -162,4 +162,6 @@ def test_every_experiment_composes_for_the_stage_it_names(root, tmp_path):
         own = ["codes.path=somewhere"] if stage == "generator" else []
         if "perceptual_weight" in text:
             own = [f"losses.lpips_weights={tmp_path}/lpips.pth"]
+        if "override /semantic" in text:
+            own.append("semantic.teacher.path=somewhere")
         assert compose(stage, [f"experiment={name}", *own]).typed.experiment == name
