@@ -104,7 +104,7 @@ class TokenizerStage:
             weight = (self.last_layer.norm(fidelity) / (self.last_layer.norm(adversarial) + 1e-4)).clamp(0.0, 1e4)
         losses["adversarial"] = weight * losses["adversarial"].detach()
         surrogate = (reconstruction.float() * (fidelity + weight * adversarial)).sum()
-        tokenizer.backward(surrogate + total(own))
+        tokenizer.backward(total({"surrogate": surrogate} | own))  # `own` is empty for quantizers without a loss
         return losses | own, {"adaptive_weight": weight} if self.last_layer is not None else {}
 
     def _discriminator_step(self, adversary: Network, image: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:

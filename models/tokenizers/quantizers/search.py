@@ -35,9 +35,9 @@ def best_code(rows: Tensor, codes: Tensor, bias: Tensor, chunk: int | None = Non
         rows: `[R, D]`.
         codes: `[V, D]`.
         bias: `[V]`.
-        chunk: rows compared at once; by default as many as keep the scores below 64 MiB (1 MiB on a CPU).
+        chunk: rows compared at once; by default as many as keep the scores below 64 MiB (1 MiB on a CPU, more for wide codes).
     """
-    parts = rows.split(chunk or max(1, (CHUNK if rows.is_cuda else CHUNK_CPU) // codes.shape[0]))
+    parts = rows.split(chunk or _rows_at_once(codes, rows.is_cuda))
     with _full_float32():
         return torch.cat([torch.addmm(bias, part, codes.t()).argmax(-1) for part in parts])
 
@@ -45,6 +45,13 @@ def best_code(rows: Tensor, codes: Tensor, bias: Tensor, chunk: int | None = Non
 @best_code.register_fake
 def _(rows: Tensor, codes: Tensor, bias: Tensor, chunk: int | None = None) -> Tensor:
     return rows.new_empty(rows.shape[0], dtype=torch.int64)
+
+
+def _rows_at_once(codes: Tensor, cuda: bool) -> int:
+    size, dim = codes.shape
+    most = max(1, CHUNK // size)
+    # A product with fewer rows than columns spends its time on reading the codes.
+    return most if cuda else min(most, max(CHUNK_CPU // size, dim))
 
 
 @contextmanager

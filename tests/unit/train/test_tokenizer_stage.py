@@ -88,6 +88,16 @@ def test_the_loss_falls(workers, batch):
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_quantizers_without_a_loss_and_with_several_streams(workers, batch):
+    for option, streams in (("fsq", 1), ("product", 2)):
+        small = [override for override in SMALL if "codebook_size" not in override]
+        stage = TokenizerStage(compose("tokenizer", [*small, f"tokenizer/quantizer={option}"]).typed)
+        metrics = stage.step(batch, Clock(5, 0, 10, 4, 100), workers.wrap(stage.trainables, None))
+        counts = [value.sum().item() for name, value in metrics.items() if name.startswith("codes")]
+        assert counts == [stage.tokenizer.layout.streams[0].n_tokens * 4] * streams
+        assert all(parameter.grad is not None for parameter in stage.tokenizer.parameters())
+
+
 def test_the_last_layer_must_be_a_convolution():
     with pytest.raises(ValueError, match=r"not a Conv2d; set losses\.adaptive=false"):
         LastLayer(nn.Linear(3, 3))
