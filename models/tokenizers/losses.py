@@ -69,7 +69,8 @@ def r1_penalty(logits: Tensor, image: Tensor) -> Tensor:
 
     Args:
         logits: `[B]` or `[B, …]`, of `image`; D(x) is the mean over an image's logits, as in the adversarial losses.
-        image: `[B, …]`, requires gradients.
+        image: `[B, …]`, requires gradients. Fused attention has no second derivative: where the discriminator attends
+            (`DinoDiscriminator`), judge it within `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
     """
     # The sum gives every image its own gradient in one backward where images are judged alone (all but batch norm).
     judged = logits.float().reshape(len(image), -1).mean(1).sum()

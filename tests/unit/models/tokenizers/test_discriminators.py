@@ -7,8 +7,9 @@ from tokar.errors import UserError
 from tokar.models.build import build
 from tokar.models.tokenizers.augment import DiffAug
 from tokar.models.tokenizers.discriminators import DinoDiscriminator, LocalBatchNorm, PatchGAN
-from tokar.models.tokenizers.losses import discriminator_loss
+from tokar.models.tokenizers.losses import discriminator_loss, r1_penalty
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Names and shapes of the public PatchGAN checkpoints (LlamaGen, GigaTok), buffers included.
 NORM = {"weight": True, "bias": True, "running_mean": True, "running_var": True, "num_batches_tracked": False}
@@ -177,6 +178,14 @@ def test_dino_augments_while_training(dino):
     assert not torch.allclose(first, second, atol=1e-2)
     judge.eval()
     torch.testing.assert_close(judge(image), judge(image), rtol=0, atol=0)
+
+
+def test_dino_takes_the_r1_penalty_with_plain_attention(judge):
+    image = torch.rand(2, 3, 32, 32, requires_grad=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        logits = judge(image)
+    r1_penalty(logits, image).backward()
+    assert judge.heads[0][0][0].parametrizations.weight.original.grad.abs().sum() > 0
 
 
 def test_dino_in_half_precision(judge):
