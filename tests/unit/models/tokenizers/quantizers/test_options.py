@@ -11,7 +11,8 @@ FOLDER = Path(__file__).resolve().parents[5] / "conf/tokenizer/quantizer"
 OPTIONS = sorted({path.stem for path in FOLDER.glob("*.yaml")} - {"multiscale"})  # which is MultiScaleVQ's
 SMALL = [
     "loop.duration=1", "tokenizer=vqgan", "data.image_size=8", "tokenizer.encoder.width=32",
-    "tokenizer.encoder.multipliers=[1,2]", "tokenizer.encoder.blocks=1", "tokenizer.decoder.blocks=1", "tokenizer.encoder.z_channels=32",
+    "tokenizer.encoder.multipliers=[1,2]", "tokenizer.encoder.blocks=1", "tokenizer.decoder.blocks=1",
+    "tokenizer.encoder.z_channels=32",
 ]  # fmt: skip
 
 
