@@ -204,7 +204,8 @@ class CodeDataset:
         views = (hashes(seed, epochs, indices, 1)[:, 0] % np.uint64(self.views)).astype(np.int64)
         codes = self.read(indices, views)
         if (codes >= self._limits).any():
-            raise UserError("codes outside the vocabulary: the shards are damaged", where=self.folder, fix=_ENCODE)
+            what = "codes outside the vocabulary: the shards are damaged"
+            raise UserError(what, where=self.folder, fix=f"delete the folder and {_ENCODE}")
         return {"codes": codes, "label": self.labels[indices]}
 
     def read(self, indices: np.ndarray, views: np.ndarray) -> np.ndarray:
@@ -288,7 +289,7 @@ def _load(path: Path) -> np.ndarray:
     try:
         array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise UserError("the shard is damaged", where=path, fix=_ENCODE) from error
+        raise UserError("the shard is damaged", where=path, fix=f"delete it and {_ENCODE}") from error
     return array
 
 

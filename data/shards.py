@@ -193,7 +193,9 @@ class ImageDataset:
             return self.transform.crop(decode(data, self.decoder), random)
         except BadImageError as error:
             shard = self.tars[int(np.searchsorted(self._first, i, side="right")) - 1]
-            fix = error.fix or "prepare the data with on_bad=skip"
+            # a prepared image was whole once
+            mend = f"delete the shard and {_REPEAT}" if self.manifest else "prepare the data with on_bad=skip"
+            fix = error.fix or mend
             raise UserError(error.what, where=f"{shard}: {self.key(i)}", fix=fix) from error
 
     def _one_size(self) -> tuple[int, int]:

@@ -34,11 +34,11 @@ GENERATOR = "tokar train generator experiment=digits_llamagen name=gen $TINY"
 JUDGE = "tokar train classifier experiment=digits_classifier name=judge $TINY"
 PREPARE = "tokar data prepare workers=1 shard_size=1000"
 ENCODE = "tokar encode runs/tok out=datasets/digits-codes shard_size=1000"
-FIRST = (PREPARE, TOKENIZER, ENCODE, GENERATOR, JUDGE)
+OTHER = TOKENIZER.replace("=tok ", "=two ") + " seed=1"
+FIRST = (PREPARE, TOKENIZER, OTHER, ENCODE, GENERATOR, JUDGE)
 """What went well before each mistake."""
 
 NEW_TOKENIZER, NEW_GENERATOR = TOKENIZER.replace("=tok ", "=new "), GENERATOR.replace("=gen ", "=new ")
-OTHER = TOKENIZER.replace("=tok ", "=two ") + " seed=1"
 NEWEST, OLDER = "runs/tok/checkpoints/step-00000004", "runs/tok/checkpoints/step-00000002"
 GEN = "runs/gen/checkpoints/step-00000004/generator"
 SHARD, VAL_SHARD = "datasets/digits/train/shard-000000.tar", "datasets/digits/val/shard-000000.tar"
@@ -313,7 +313,10 @@ MISTAKES: dict[str, tuple[Mistake, ...]] = {
         Mistake("a generator as tokenizer", "tokar encode runs/gen"),
         Mistake("a file as a run", "tokar sample notes", write("notes", "x")),
         Mistake("the tokenizer is gone", "tokar sample runs/gen", remove("runs/tok")),
-        Mistake("the tokenizer was trained again", "tokar sample runs/gen decode_with=runs/two count=1", run(OTHER)),
+        Mistake(
+            "the tokenizer was trained again",
+            "tokar sample runs/gen decode_with=runs/two count=1",
+        ),
         Mistake("evaluation without the tokenizer", "tokar evaluate runs/gen features.path=runs/judge", remove("runs/tok")),
     ),
     "Codes": (
@@ -322,17 +325,15 @@ MISTAKES: dict[str, tuple[Mistake, ...]] = {
         Mistake(
             "codes of another tokenizer",
             "tokar train generator experiment=digits_llamagen codes.tokenizer=runs/two",
-            run(OTHER),
         ),
         Mistake(
             "codes of another layout",
-            "tokar train generator experiment=digits_llamagen codes.tokenizer=runs/two",
-            run(f"{OTHER} {SMALLER}"),
+            "tokar train generator experiment=digits_llamagen codes.tokenizer=runs/new",
+            run(f"{NEW_TOKENIZER} {SMALLER}"),
         ),
         Mistake(
             "codes of two tokenizers in one folder",
             "tokar encode runs/two out=datasets/digits-codes shard_size=1000",
-            run(OTHER),
         ),
         Mistake("codes encoded otherwise in one folder", "tokar encode runs/tok out=datasets/digits-codes shard_size=500"),
         Mistake("codes not finished", "tokar train generator experiment=digits_llamagen", remove(f"{CODES}/manifest.json")),

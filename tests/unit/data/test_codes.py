@@ -210,7 +210,7 @@ def test_a_damaged_header_is_one_line(folder, name):
     path = folder / f"{name}-000000.npy"
     content = path.read_bytes()
     path.write_bytes(bytes(255 - byte for byte in content[:64]) + content[64:])
-    with pytest.raises(UserError, match="the shard is damaged; run tokar encode again"):
+    with pytest.raises(UserError, match="the shard is damaged; delete it and run tokar encode again"):
         CodeDataset(folder).fetch(np.arange(2), np.zeros(2, dtype=np.int64), 0)
 
 

@@ -412,3 +412,12 @@ def test_verify_finds_labels_out_of_range(class_folder, tmp_path):
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({**manifest, "classes": ["cat", "dog"]}))
     assert any("unknown label '2'" in line for line in verify(tmp_path / "out"))
+
+
+def test_a_deleted_shard_is_made_again(class_folder, tmp_path):
+    prepare(str(class_folder), tmp_path / "out", shard_size=5)
+    tar = tmp_path / "out" / "train" / "shard-000001.tar"
+    before = tar.read_bytes()
+    tar.unlink()
+    prepare(str(class_folder), tmp_path / "out", shard_size=5)
+    assert tar.read_bytes() == before
