@@ -226,11 +226,26 @@ def flatten(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Keys that change what a run computes and differ, as `key: old → new`."""
+def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], named: Sequence[str] = ()) -> list[str]:
+    """Keys that change what a run computes and differ, as `key: old → new`.
+
+    A key that only the newer config has came with a newer version, whose default is what the older one did: it counts
+    only when the user named it.
+
+    Args:
+        mine: the config now.
+        theirs: the config of the run as it was made.
+        named: keys and groups that the user's overrides set.
+    """
     new, old = flatten(mine), flatten(theirs)
-    keys = [key for key in sorted(new.keys() | old.keys()) if not is_neutral(key)]
+    known = [key for key in new if any(_related(key, other) for other in old) or any(_related(key, name) for name in named)]
+    keys = [key for key in sorted(set(known) | old.keys()) if not is_neutral(key)]
     return [f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in keys if new.get(key) != old.get(key)]
+
+
+def _related(key: str, other: str) -> bool:
+    """Equal, or one lies below the other."""
+    return key == other or key.startswith(other + ".") or other.startswith(key + ".")
 
 
 def is_neutral(key: str) -> bool:

@@ -22,6 +22,7 @@ from ..evaluate.protocol import versions, write_whole
 from ..models.build import build
 from ..models.generators.base import Generator
 from ..models.samplers.decode import sample
+from .bench_quantizer import bench_quantizer
 from .clock import Clock
 from .folder import code_state
 from .logging import memory
@@ -112,11 +113,18 @@ def bench_sampler(config: Bench, workers: Workers) -> Row:
     return {"cached_images_per_s": cached, "uncached_images_per_s": uncached, "ratio": cached / uncached}
 
 
+def bench_search(config: Bench, workers: Workers) -> Row:
+    """The nearest-code search beside a plain product and argmin, for 65,536 vectors."""
+    quantizer = config.tokenizer["quantizer"]
+    return bench_quantizer(config.seconds, workers.device, codebook_size=quantizer["codebook_size"], dim=quantizer["dim"])
+
+
 BENCHES: dict[str, Callable[[Bench, Workers], Row]] = {
     "loader": bench_loader,
     "tokenizer": bench_tokenizer,
     "generator": bench_generator,
     "sampler": bench_sampler,
+    "quantizer": bench_search,
 }
 
 

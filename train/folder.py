@@ -71,7 +71,8 @@ class RunFolder:
         if earlier.get("stage") != composed.plain["stage"]:
             what = f"this is a run of the stage {earlier.get('stage')!r}"
             raise UserError(what, where=self.path, fix="set name=… for a new run")
-        changed = differences(composed.plain, earlier)
+        named = [text.lstrip("+~").split("=")[0].replace("/", ".") for text in composed.overrides]
+        changed = differences(composed.plain, earlier, named)
         if changed:
             more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
             raise UserError(

@@ -16,7 +16,7 @@ def test_a_bench_of_everything(start, digits, tmp_path):
     command = start(tmp_path, "bench", f"data.path={digits}", *SMALL)
     assert command.wait() == 0, command.log.read_text()
     written = json.loads((tmp_path / "bench.json").read_text())
-    assert {"loader", "tokenizer", "generator", "sampler"} <= set(written["rows"])
+    assert {"loader", "tokenizer", "generator", "sampler", "quantizer"} == set(written["rows"])
     assert {"device", "threads", "versions", "commit", "config"} <= set(written)
     rows = written["rows"]
     assert rows["sampler"]["ratio"] == rows["sampler"]["cached_images_per_s"] / rows["sampler"]["uncached_images_per_s"]

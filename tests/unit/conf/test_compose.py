@@ -1,5 +1,5 @@
 import pytest
-from tokar.conf.compose import compose, flatten, groups, unchecked
+from tokar.conf.compose import compose, differences, flatten, groups, unchecked
 from tokar.conf.schema import SCHEMAS
 from tokar.errors import ConfigError, UserError
 
@@ -165,3 +165,17 @@ def test_every_experiment_composes_for_the_stage_it_names(root, tmp_path):
         if "override /semantic" in text:
             own.append("semantic.teacher.path=somewhere")
         assert compose(stage, [f"experiment={name}", *own]).typed.experiment == name
+
+
+def test_a_key_that_came_with_a_newer_version_does_not_make_another_config():
+    old, new = {"optim": {"lr": 1.0}, "discriminator": None}, {"optim": {"lr": 1.0, "rotate": False}, "discriminator": None}
+    assert differences(new, old) == []
+    assert differences(new, old, ["optim.rotate"]) == ["optim.rotate: None → False"]
+    assert differences(new, old, ["optim"]) == ["optim.rotate: None → False"]
+
+
+def test_a_part_put_in_or_taken_out_makes_another_config():
+    without, with_one = {"discriminator": None}, {"discriminator": {"width": 8}}
+    assert differences(with_one, without) == ["discriminator.width: None → 8"]
+    assert differences(without, with_one) == ["discriminator.width: 8 → None"]
+    assert differences({"seed": 1}, {"seed": 0}) == ["seed: 0 → 1"]
