@@ -22,6 +22,8 @@ from ..evaluate.protocol import versions, write_whole
 from ..models.build import build
 from ..models.generators.base import Generator
 from ..models.samplers.decode import sample
+from ..models.tokenizers.base import Tokenizer
+from ..models.tokenizers.layout import TokenLayout
 from .bench_quantizer import bench_quantizer
 from .clock import Clock
 from .folder import code_state
@@ -115,8 +117,8 @@ def bench_sampler(config: Bench, workers: Workers) -> Row:
 
 def bench_search(config: Bench, workers: Workers) -> Row:
     """The nearest-code search beside a plain product and argmin, for 65,536 vectors."""
-    quantizer = config.tokenizer["quantizer"]
-    return bench_quantizer(config.seconds, workers.device, codebook_size=quantizer["codebook_size"], dim=quantizer["dim"])
+    stream = _layout(config).streams[0]
+    return bench_quantizer(config.seconds, workers.device, codebook_size=stream.vocab_size, dim=stream.embed_dim)
 
 
 BENCHES: dict[str, Callable[[Bench, Workers], Row]] = {
@@ -129,14 +131,19 @@ BENCHES: dict[str, Callable[[Bench, Workers], Row]] = {
 
 
 def _generator(config: Bench, workers: Workers) -> Generator:
-    vocabulary = config.tokenizer["quantizer"]["codebook_size"]
-    known = {"vocab_size": vocabulary, "num_classes": config.num_classes, "grid": config.grid}
+    known = {"vocab_size": _layout(config).vocab_size, "num_classes": config.num_classes, "grid": config.grid}
     torch.manual_seed(0)
     generator: Generator = build(fill(config.generator, known))
     for parameter in generator.parameters():  # a zero-initialised head makes all tokens alike
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
     return generator
+
+
+def _layout(config: Bench) -> TokenLayout:
+    with torch.device("meta"):
+        tokenizer: Tokenizer = build(config.tokenizer)
+    return tokenizer.layout
 
 
 def _train_step(step: Callable[..., Any], batch: dict[str, Tensor], clock: Clock, networks: dict[str, Network]) -> None:
