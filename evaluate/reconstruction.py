@@ -111,10 +111,16 @@ class CodebookUsage:
         return numbers
 
 
-def _usage(name: str, counts: Tensor) -> dict[str, float]:
+def usage_and_perplexity(counts: Tensor) -> tuple[float, float]:
+    """Share of the codes that are used, and exp(-Σ p log p), of how often each code was used `[V]`."""
     p = counts.double() / counts.sum().clamp(min=1)
     perplexity = torch.exp(-torch.special.xlogy(p, p).sum())
-    return {f"{name}_usage": (counts > 0).double().mean().item(), f"{name}_perplexity": perplexity.item()}
+    return (counts > 0).double().mean().item(), perplexity.item()
+
+
+def _usage(name: str, counts: Tensor) -> dict[str, float]:
+    usage, perplexity = usage_and_perplexity(counts)
+    return {f"{name}_usage": usage, f"{name}_perplexity": perplexity}
 
 
 class ReconstructionScore:

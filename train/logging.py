@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..conf.schema import Wandb as WandbConfig
 from ..errors import UserError
+from ..evaluate.reconstruction import usage_and_perplexity
 from .clock import Clock
 
 METRICS_NAME, TIMING_NAME = "metrics.jsonl", "timing.jsonl"
@@ -50,18 +51,12 @@ class Meters:
         for key, total in sorted(self.sums.items()):
             total = reduce(total)
             if key.endswith("#"):
-                found.update(code_statistics(total, key[:-1]))
+                usage, perplexity = usage_and_perplexity(total)
+                found |= {f"{key[:-1]}/usage": usage, f"{key[:-1]}/perplexity": perplexity}
             else:
                 found[key] = float(total[0] / total[1])
         self.sums = {}
         return found
-
-
-def code_statistics(histogram: Tensor, prefix: str) -> dict[str, float]:
-    """Usage and perplexity of a histogram of codes `[V]`."""
-    share = histogram.double() / histogram.sum().clamp(min=1)
-    entropy = -(share * share.clamp(min=1e-30).log()).sum()
-    return {f"{prefix}/usage": float((histogram > 0).double().mean()), f"{prefix}/perplexity": float(entropy.exp())}
 
 
 class MetricsFile:

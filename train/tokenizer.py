@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..evaluate.reconstruction import psnr, ssim
 from ..models.build import build
 from ..models.tokenizers.base import Tokenizer, TokenizerOutput
-from ..models.tokenizers.losses import LPIPS, discriminator_loss, generator_loss, reconstruction_loss
+from ..models.tokenizers.losses import LPIPS, adaptive_weight, discriminator_loss, generator_loss, reconstruction_loss
 from ..models.tokenizers.teachers import Teacher, semantic_loss
 from .clock import Clock
 from .stage import Batch, Networks
@@ -101,7 +101,7 @@ class TokenizerStage:
         (fidelity,) = torch.autograd.grad(total({k: v for k, v in losses.items() if k != "adversarial"}), leaf)
         weight = torch.ones((), device=leaf.device)
         if self.last_layer is not None:
-            weight = (self.last_layer.norm(fidelity) / (self.last_layer.norm(adversarial) + 1e-4)).clamp(0.0, 1e4)
+            weight = adaptive_weight(self.last_layer.norm(fidelity), self.last_layer.norm(adversarial))
         losses["adversarial"] = weight * losses["adversarial"].detach()
         surrogate = (reconstruction.float() * (fidelity + weight * adversarial)).sum()
         tokenizer.backward(total({"surrogate": surrogate} | own))  # `own` is empty for quantizers without a loss
