@@ -1,4 +1,4 @@
-"""The convolutional encoder and decoder of the VQ-GAN family (taming, LlamaGen, GigaTok without its extras).
+"""The convolutional encoder and decoder of the VQ-GAN family (taming, LlamaGen, IBQ, Open-MAGVIT2, GigaTok's halves).
 
 Shapes: `B` batch, `C` channels, `H`, `W` height and width at a level. All layers keep `channels_last` inputs so.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,14 +25,14 @@ def group_norm(channels: int, groups: int) -> nn.GroupNorm:
 class ResBlock(nn.Module):
     """`x + conv(swish(norm(conv(swish(norm(x))))))`, with a 1x1 shortcut where the width changes."""
 
-    def __init__(self, width_in: int, width_out: int, norm_groups: int, dropout: float) -> None:
+    def __init__(self, width_in: int, width_out: int, norm_groups: int, dropout: float, bias: bool = True) -> None:
         super().__init__()
         self.norm1 = group_norm(width_in, norm_groups)
-        self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
+        self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1, bias=bias)
         self.norm2 = group_norm(width_out, norm_groups)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
-        self.shortcut = nn.Identity() if width_in == width_out else nn.Conv2d(width_in, width_out, 1)
+        self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1, bias=bias)
+        self.shortcut = nn.Identity() if width_in == width_out else nn.Conv2d(width_in, width_out, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C_in, H, W]` to `[B, C_out, H, W]`."""
@@ -57,15 +58,16 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the resolution: 3x3 convolution, stride 2, padded on the right and the bottom only."""
+    """Halves the resolution: 3x3 convolution, stride 2, padded by 1 on the right and the bottom only, or on all sides."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, all_sides: bool = False) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
+        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=int(all_sides))
+        self.missing = (0, 0, 0, 0) if all_sides else (0, 1, 0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, C, H/2, W/2]`."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(F.pad(x, self.missing))
 
 
 class Upsample(nn.Module):
@@ -98,12 +100,13 @@ class Level(nn.Module):
         attention: bool,
         norm_groups: int,
         dropout: float,
+        bias: bool,
         resample: nn.Module | None,
     ) -> None:
         super().__init__()
         width_in, width = widths
         self.blocks = nn.ModuleList(
-            ResBlock(width_in if index == 0 else width, width, norm_groups, dropout) for index in range(blocks)
+            ResBlock(width if index else width_in, width, norm_groups, dropout, bias) for index in range(blocks)
         )
         self.attentions = nn.ModuleList(Attention(width, norm_groups) for _ in range(blocks if attention else 0))
         self.resample = resample if resample is not None else nn.Identity()
@@ -117,9 +120,9 @@ class Level(nn.Module):
         return self.resample(x)
 
 
-def _middle(width: int, attention: bool, norm_groups: int, dropout: float) -> nn.Sequential:
-    first, last = (ResBlock(width, width, norm_groups, dropout) for _ in range(2))
-    return nn.Sequential(first, Attention(width, norm_groups), last) if attention else nn.Sequential(first, last)
+def _middle(width: int, blocks: int, attention: bool, norm_groups: int, dropout: float, bias: bool) -> nn.Sequential:
+    first, *rest = (ResBlock(width, width, norm_groups, dropout, bias) for _ in range(blocks))
+    return nn.Sequential(first, *([Attention(width, norm_groups)] if attention else []), *rest)
 
 
 def _level_widths(width: int, multipliers: Sequence[int], norm_groups: int) -> list[int]:
@@ -143,6 +146,10 @@ class ConvEncoder(nn.Module):
         dropout: inside the residual blocks.
         in_channels: of the image.
         norm_groups: of every GroupNorm; 32 in all published models.
+        middle_blocks: residual blocks after the coarsest level (Open-MAGVIT2: 4); the attention follows the first.
+        bias: of the first convolution and those in residual blocks (Open-MAGVIT2 has none).
+        pad_all_sides: when halving the resolution, instead of on the right and the bottom (Open-MAGVIT2).
+        kernel_out: of the last convolution (Open-MAGVIT2: 1).
 
     Raises:
         ValueError: a level's width is not a multiple of `norm_groups`.
@@ -158,19 +165,23 @@ class ConvEncoder(nn.Module):
         dropout: Fraction = 0.0,
         in_channels: PositiveInt = 3,
         norm_groups: PositiveInt = 32,
+        middle_blocks: PositiveInt = 2,
+        bias: bool = True,
+        pad_all_sides: bool = False,
+        kernel_out: Literal[1, 3] = 3,
     ) -> None:
         super().__init__()
         widths = _level_widths(width, multipliers, norm_groups)
         self.z_channels, self.stride = z_channels, 2 ** (len(widths) - 1)
-        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1, bias=bias)
         self.levels = nn.ModuleList()
         for index, pair in enumerate(pairwise([width, *widths])):
             coarsest = index == len(widths) - 1
-            resample = None if coarsest else Downsample(pair[1])
-            self.levels.append(Level(pair, blocks, attention and coarsest, norm_groups, dropout, resample))
-        self.middle = _middle(widths[-1], attention, norm_groups, dropout)
+            resample = None if coarsest else Downsample(pair[1], pad_all_sides)
+            self.levels.append(Level(pair, blocks, attention and coarsest, norm_groups, dropout, bias, resample))
+        self.middle = _middle(widths[-1], middle_blocks, attention, norm_groups, dropout, bias)
         self.norm_out = group_norm(widths[-1], norm_groups)
-        self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], z_channels, kernel_out, padding=kernel_out // 2)
 
     def forward(self, image: Tensor) -> Tensor:
         """`[B, 3, H, W]` in [-1, 1] to `[B, z_channels, H/stride, W/stride]`."""
@@ -192,6 +203,8 @@ class ConvDecoder(nn.Module):
         dropout: inside the residual blocks.
         out_channels: of the image.
         norm_groups: of every GroupNorm.
+        middle_blocks: residual blocks before the coarsest level (Open-MAGVIT2: 4); the attention follows the first.
+        bias: of the convolutions in residual blocks (Open-MAGVIT2 has none).
 
     Raises:
         ValueError: a level's width is not a multiple of `norm_groups`.
@@ -209,16 +222,18 @@ class ConvDecoder(nn.Module):
         dropout: Fraction = 0.0,
         out_channels: PositiveInt = 3,
         norm_groups: PositiveInt = 32,
+        middle_blocks: PositiveInt = 2,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         widths = _level_widths(width, multipliers, norm_groups)[::-1]
         self.z_channels, self.stride = z_channels, 2 ** (len(widths) - 1)
         self.conv_in = nn.Conv2d(z_channels, widths[0], 3, padding=1)
-        self.middle = _middle(widths[0], attention, norm_groups, dropout)
+        self.middle = _middle(widths[0], middle_blocks, attention, norm_groups, dropout, bias)
         self.levels = nn.ModuleList()
         for index, pair in enumerate(pairwise([widths[0], *widths])):
             resample = None if index == len(widths) - 1 else self.upsample_layer(pair[1])
-            self.levels.append(Level(pair, blocks, attention and index == 0, norm_groups, dropout, resample))
+            self.levels.append(Level(pair, blocks, attention and index == 0, norm_groups, dropout, bias, resample))
         self.norm_out = group_norm(widths[-1], norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 

@@ -19,7 +19,7 @@ from .quantizers import Quantizer
 
 
 class VQGAN(Tokenizer):
-    """LlamaGen's VQ tokenizer (and taming's): encoder → 1x1 conv → quantizer → 1x1 conv → decoder.
+    """LlamaGen's VQ tokenizer (and taming's, IBQ, Open-MAGVIT2): encoder → 1x1 conv → quantizer → 1x1 conv → decoder.
 
     Args:
         encoder: image to `[B, z_channels, h, w]`.
@@ -27,9 +27,10 @@ class VQGAN(Tokenizer):
         quantizer: any `Quantizer`; the 1x1 convolutions lead to its width and back.
         image_size: side, or height and width, of the images that the layout describes; others whose sides are
             multiples of the stride can be encoded too.
+        project: false leaves the 1x1 convolutions out (Open-MAGVIT2): the encoder's latent is quantized as it is.
 
     Raises:
-        ValueError: encoder and decoder do not fit each other, or the image size does not fit the stride.
+        ValueError: encoder, decoder and quantizer do not fit each other, or the image size does not fit the stride.
     """
 
     def __init__(
@@ -38,13 +39,19 @@ class VQGAN(Tokenizer):
         decoder: ConvDecoder,
         quantizer: Quantizer,
         image_size: PositiveInt | Sequence[PositiveInt] = 256,
+        project: bool = True,
     ) -> None:
         super().__init__()
         check_halves(encoder, decoder)
+        if not project and encoder.z_channels != quantizer.dim:
+            raise ValueError(
+                f"z_channels is {encoder.z_channels}, but the quantizer's width is {quantizer.dim}; "
+                "make them equal, or set project=true"
+            )
         self.encoder, self.decoder, self.quantizer = encoder, decoder, quantizer
         self.stride = encoder.stride
-        self.quant_conv = nn.Conv2d(encoder.z_channels, quantizer.dim, 1)
-        self.post_quant_conv = nn.Conv2d(quantizer.dim, decoder.z_channels, 1)
+        self.quant_conv = nn.Conv2d(encoder.z_channels, quantizer.dim, 1) if project else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(quantizer.dim, decoder.z_channels, 1) if project else nn.Identity()
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if len(size) != 2 or any(side % self.stride for side in size):
             raise ValueError(f"image_size {size} is not two multiples of the stride {self.stride}; choose multiples of it")
@@ -98,7 +105,7 @@ class VQGAN(Tokenizer):
     def decode(self, latent: Tensor) -> Tensor:
         """Images (not clamped) from codes `[B, N]` or `[B, h, w]` (integer), or from a latent `[B, D, h, w]` (float)."""
         latent = latent if latent.is_floating_point() else self.embed(latent)
-        return self.decoder(self.post_quant_conv(latent.to(self.post_quant_conv.weight.dtype)))
+        return self.decoder(self.post_quant_conv(latent.to(self.decoder.conv_in.weight.dtype)))
 
     def last_layer(self) -> nn.Module:
         """The convolution that writes the pixels."""
