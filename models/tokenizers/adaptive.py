@@ -76,6 +76,8 @@ class AdaptiveDecoder(ConvDecoder):
         out_channels: of the image.
         norm_groups: of every GroupNorm.
         adaptive_norm: false leaves the adaptive group norms out.
+        middle_blocks: residual blocks before the coarsest level (Open-MAGVIT2: 4); the attention follows the first.
+        bias: of the convolutions in residual blocks (Open-MAGVIT2 has none).
 
     Raises:
         ValueError: a level's width is not a multiple of `norm_groups`.
@@ -94,8 +96,11 @@ class AdaptiveDecoder(ConvDecoder):
         out_channels: PositiveInt = 3,
         norm_groups: PositiveInt = 32,
         adaptive_norm: bool = True,
+        middle_blocks: PositiveInt = 2,
+        bias: bool = True,
     ) -> None:
-        super().__init__(width, multipliers, blocks, z_channels, attention, dropout, out_channels, norm_groups)
+        common = (width, multipliers, blocks, z_channels, attention, dropout, out_channels, norm_groups)
+        super().__init__(*common, middle_blocks, bias)
         coarsest_first = [width * multiplier for multiplier in reversed(multipliers)]
         widths = [coarsest_first[0], *coarsest_first[:-1]] if adaptive_norm else []  # what enters each level
         self.adaptive = nn.ModuleList(AdaptiveGroupNorm(z_channels, entering, norm_groups) for entering in widths)
