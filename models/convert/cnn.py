@@ -82,6 +82,29 @@ def rename(name: str, table: Renames) -> str:
     return name
 
 
+def swap(name: str, pairs: Renames) -> str:
+    """The first of every pair replaced by the second, one pair after another; `#` stands for a number.
+
+    What does not begin with a dot must begin the name, so a table of distinct pieces reads both ways.
+    """
+    for old, new in pairs:
+        pattern = ("" if old.startswith(".") else "^") + re.escape(old).replace(r"\#", r"(\d+)")
+        first, *rest = new.split("#")
+        name = re.sub(pattern, first + "".join(rf"\g<{place}>{part}" for place, part in enumerate(rest, 1)), name)
+    return name
+
+
+def levels(names: Iterable[str], stem: str) -> int:
+    """Number of levels below `stem`."""
+    found = (re.match(rf"{re.escape(stem)}\.(\d+)\.", name) for name in names)
+    return 1 + max((int(level[1]) for level in found if level), default=-1)
+
+
+def mirror(name: str, stem: str, count: int) -> str:
+    """The level that follows `stem`, counted from the other end: some decoders count from the finest, ours as they run."""
+    return re.sub(rf"^({re.escape(stem)})(\d+)", lambda found: f"{found[1]}{count - 1 - int(found[2])}", name)
+
+
 def any_starts(names: Iterable[str], prefixes: tuple[str, ...]) -> bool:
     """Whether any name starts with one of the prefixes."""
     return any(name.startswith(prefixes) for name in names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from .family import Family, Node, Shapes, State
 _CODEBOOK, _PHI = "quantize.embedding.weight", "quantize.quant_resi."
 _HITS = "quantize.ema_vocab_hit_SV"  # their statistic of codes used on each scale; its shape tells how many there are
 _UNUSED = "quantizer.steps_unused"  # our count for restarting dead codes, of the same shape
-# Theirs, ours, as pairs of patterns that `_rename` reads in either direction; `#` stands for a number.
+# Theirs, ours, as pairs that `cnn.swap` reads in either direction; `#` stands for a number.
 _NAMES = (
     ("encoder.down.#.block.#.", "encoder.levels.#.blocks.#."),
     ("encoder.down.#.attn.#.", "encoder.levels.#.attentions.#."),
@@ -76,7 +76,7 @@ class VARVQVAE(Family):
 
     def to_ours(self, state: Mapping[str, Tensor]) -> tuple[State, list[str]]:
         """Rename, drop their statistic, add our count of unused steps."""
-        levels = _levels(state, "decoder.up")
+        levels = cnn.levels(state, "decoder.up")
         ours = {_theirs_to_ours(name, levels): value for name, value in state.items() if name != _HITS}
         if _HITS in state:
             ours[_UNUSED] = torch.zeros(state[_HITS].shape, dtype=torch.int64)
@@ -84,7 +84,7 @@ class VARVQVAE(Family):
 
     def to_theirs(self, state: Mapping[str, Tensor]) -> State:
         """Rename back; their statistic starts at zero."""
-        levels = _levels(state, "decoder.levels")
+        levels = cnn.levels(state, "decoder.levels")
         one_phi = not any(name.startswith("quantizer.shared_phis.1.") for name in state)
         theirs = {_ours_to_theirs(name, levels, one_phi): value for name, value in state.items() if name != _UNUSED}
         return {**theirs, _HITS: torch.zeros(state[_UNUSED].shape)}
@@ -105,32 +105,14 @@ class VARVQVAE(Family):
         }
 
 
-def _rename(name: str, table: Sequence[tuple[str, str]]) -> str:
-    for old, new in table:
-        pattern = re.escape(old).replace(r"\#", r"(\d+)")
-        first, *rest = new.split("#")
-        name = re.sub(pattern, first + "".join(rf"\g<{place}>{part}" for place, part in enumerate(rest, 1)), name)
-    return name
-
-
 def _theirs_to_ours(name: str, levels: int) -> str:
     """Their decoder counts levels from the finest, ours in the order they run."""
-    return _mirror(_rename(name, _ONE_PHI + _NAMES), levels)
+    return cnn.mirror(cnn.swap(name, _ONE_PHI + _NAMES), "decoder.levels.", levels)
 
 
 def _ours_to_theirs(name: str, levels: int, one_phi: bool) -> str:
     table = (_ONE_PHI if one_phi else ()) + _NAMES
-    return _rename(_mirror(name, levels), [(ours, theirs) for theirs, ours in table])
-
-
-def _mirror(name: str, levels: int) -> str:
-    return re.sub(r"^(decoder\.levels\.)(\d+)", lambda found: f"{found[1]}{levels - 1 - int(found[2])}", name)
-
-
-def _levels(names: Mapping[str, Any], stem: str) -> int:
-    """Number of levels below `stem`."""
-    found = (re.match(rf"{re.escape(stem)}\.(\d+)\.", name) for name in names)
-    return 1 + max((int(level[1]) for level in found if level), default=-1)
+    return cnn.swap(cnn.mirror(name, "decoder.levels.", levels), [(ours, theirs) for theirs, ours in table])
 
 
 def _read_half(shapes: Shapes, stem: str) -> dict[str, Any]:

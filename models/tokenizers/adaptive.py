@@ -17,6 +17,12 @@ from .conv import ConvDecoder
 _EPS = 1e-6
 
 
+def spread(x: Tensor, side: int) -> Tensor:
+    """`[B, side²·C, H, W]` to `[B, C, side·H, side·W]`, contiguous; channel `(row·side + column)·C + c` goes to that place."""
+    blocks = x.unflatten(1, (side, side, -1))  # [B, row, column, C, H, W]
+    return blocks.permute(0, 3, 4, 1, 5, 2).flatten(4, 5).flatten(2, 3)
+
+
 class DepthToSpace(nn.Module):
     """Doubles the resolution: a 3x3 convolution to `4C` channels, each four then spread over 2x2 pixels.
 
@@ -32,8 +38,7 @@ class DepthToSpace(nn.Module):
         """`[B, C, H, W]` to `[B, C, 2H, 2W]`, contiguous."""
         # Not channels-last: on a CPU torch's group norm takes the variance of such inputs as E[x²] − E[x]², and after an
         # adaptive norm, whose bias can be a hundred times the spread, it is wrong in the third digit.
-        deep = self.conv(x).unflatten(1, (2, 2, -1))  # [B, row, column, C, H, W]
-        return deep.permute(0, 3, 4, 1, 5, 2).flatten(4, 5).flatten(2, 3)
+        return spread(self.conv(x), 2)
 
 
 class AdaptiveGroupNorm(nn.Module):

@@ -12,7 +12,6 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...errors import UserError
 from ...ranges import NonNegativeFloat, PositiveInt
 from .base import Tokenizer, TokenizerOutput
 from .conv import ConvDecoder, ConvEncoder
@@ -131,12 +130,7 @@ class GigaTok(Tokenizer):
         return self._encode(image)[0]
 
     def _encode(self, image: Tensor) -> tuple[TokenizerOutput, Tensor]:
-        if tuple(image.shape[-2:]) != self.layout.image_size:
-            (height, width), expected = image.shape[-2:], self.layout.image_size
-            raise UserError(
-                f"an image of {height}x{width} pixels, but this tokenizer takes {expected[0]}x{expected[1]} alone",
-                fix="resize or crop to that, or train one for your size",
-            )
+        self.layout.refuse_other_image(image.shape[-2:])
         spatial = self.encoder(image)
         z = self.quant_conv(self.token_encoder(spatial)[0])
         quantized = self.quantizer(z)
@@ -148,11 +142,7 @@ class GigaTok(Tokenizer):
         Raises:
             UserError: the number of codes is not that of the layout.
         """
-        if codes.shape[1] != self.layout.total_tokens:
-            raise UserError(
-                f"{codes.shape[1]} codes per image, but the layout has {self.layout.total_tokens}",
-                fix="give the codes of whole images",
-            )
+        self.layout.refuse_other_count(codes.shape[1])
         streams, size = len(self.layout.streams), self.token_encoder.size_out
         return self.quantizer.embed(codes.unflatten(1, size if streams == 1 else (streams, *size)))
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from ...errors import UserError
+
 Kind = Literal["raster", "sequence", "multiscale", "holistic"]
 
 
@@ -79,6 +81,30 @@ class TokenLayout:
             for name, size, dim in codes
         )
         return replace(self, streams=streams)
+
+    def refuse_other_image(self, size: Sequence[int]) -> None:
+        """For tokenizers of one size: an image of another height and width has no codes here.
+
+        Raises:
+            UserError: it is not `image_size`.
+        """
+        if tuple(size) != self.image_size:
+            height, width = self.image_size
+            raise UserError(
+                f"an image of {size[0]}x{size[1]} pixels, but this tokenizer takes {height}x{width} alone",
+                fix="resize or crop to that, or train one for your size",
+            )
+
+    def refuse_other_count(self, count: int) -> None:
+        """Codes of whole images only.
+
+        Raises:
+            UserError: `count` is not `total_tokens`.
+        """
+        if count != self.total_tokens:
+            raise UserError(
+                f"{count} codes per image, but the layout has {self.total_tokens}", fix="give the codes of whole images"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON form."""
