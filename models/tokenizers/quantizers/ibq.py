@@ -46,7 +46,8 @@ class IBQ(PointwiseQuantizer):
         super().__init__()
         self.codebook_size, self.dim, self.beta, self.l2_normalize = codebook_size, dim, beta, l2_normalize
         self.entropy_weight, self.diversity, self.temperature = entropy_weight, diversity, temperature
-        self.codebook = nn.Parameter(torch.empty(codebook_size, dim).uniform_(-1 / codebook_size, 1 / codebook_size))
+        # N(0, 1), as the authors': codes near 0 would all score alike, and the soft assignment would tell none from another.
+        self.codebook = nn.Parameter(torch.randn(codebook_size, dim))
 
     def codes(self) -> Tensor:
         """The codebook `[V, D]` in float32, normalised if so configured."""
