@@ -182,15 +182,8 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 def _conflicts(config: Any) -> Iterator[str]:
     """Pairs of settings that cannot work together, each with the nearest that does."""
-    losses = getattr(config, "losses", None)
-    if losses is not None and losses.perceptual_weight > 0 and not losses.lpips_weights:
-        yield "losses.lpips_weights: missing; LPIPS needs a weights file, give its path or set losses.perceptual_weight=0"
-    if losses is not None and losses.lpips_weights and not Path(losses.lpips_weights).is_file():
-        yield f"losses.lpips_weights: no file {losses.lpips_weights}; give the path of VGG16 and linear-head weights"
-    if losses is not None and losses.adaptive and config.discriminator is None:
-        yield "losses.adaptive: there is no discriminator; set losses.adaptive=false or discriminator=patchgan"
-    if losses is not None and losses.adaptive and Duration.parse(losses.auxiliary_end).value > 0:
-        yield "losses.adaptive: cannot tell the shortcut from the reconstruction; set losses.auxiliary_end=0 or adaptive=false"
+    if getattr(config, "losses", None) is not None:
+        yield from _loss_conflicts(config.losses, config.discriminator)
     codes = getattr(config, "codes", None)
     if codes is not None and not codes.path and not codes.tokenizer:
         yield "codes.tokenizer: missing; give a tokenizer run (codes.tokenizer=runs/…) or code shards (codes.path=…)"
@@ -199,6 +192,21 @@ def _conflicts(config: Any) -> Iterator[str]:
         yield from _batch_conflicts(loop, strategy)
     if strategy is not None:
         yield from _strategy_conflicts(strategy)
+
+
+def _loss_conflicts(losses: Any, discriminator: Any) -> Iterator[str]:
+    if losses.perceptual_weight > 0 and not losses.lpips_weights:
+        yield "losses.lpips_weights: missing; LPIPS needs a weights file, give its path or set losses.perceptual_weight=0"
+    if losses.lpips_weights and not Path(losses.lpips_weights).is_file():
+        yield f"losses.lpips_weights: no file {losses.lpips_weights}; give the path of VGG16 and linear-head weights"
+    if losses.convnext_weight > 0 and not losses.convnext_path:
+        yield "losses.convnext_path: missing; give a folder or hub id of a ConvNeXt, or set losses.convnext_weight=0"
+    for key in ("adaptive", "r1_weight", "lecam_weight"):
+        if getattr(losses, key) and discriminator is None:
+            off = "false" if key == "adaptive" else "0"
+            yield f"losses.{key}: there is no discriminator; set losses.{key}={off} or discriminator=patchgan"
+    if losses.adaptive and Duration.parse(losses.auxiliary_end).value > 0:
+        yield "losses.adaptive: cannot tell the shortcut from the reconstruction; set losses.auxiliary_end=0 or adaptive=false"
 
 
 def _batch_conflicts(loop: Any, strategy: Any) -> Iterator[str]:

@@ -80,10 +80,12 @@ class Optim(Node):
 class ScheduleConfig(Node):
     """Learning rate over the run, as a factor of `optim.lr`."""
 
-    kind: Literal["constant", "cosine", "linear", "wsd"] = Field("constant", description="shape after the warm-up")
+    kind: Literal["constant", "cosine", "linear", "wsd", "drops"] = Field("constant", description="shape after the warm-up")
     warmup: Length = Field(0, description="linear, from 0")
     floor: Fraction = Field(0.0, description="factor at the end")
     decay: Fraction = Field(0.2, description="share of the run that wsd decays over")
+    drops: list[Length] = Field([], description="when the kind drops multiplies by `drop`")
+    drop: Fraction = Field(0.1, description="factor of each drop")
 
 
 class Ema(Node):

@@ -5,17 +5,30 @@ Shapes: images `[B, 3, H, W]` in [-1, 1].
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.grad import conv2d_weight
 
-from ..conf.schema import TokenizerParts
+from ..conf.schema import TokenizerLosses, TokenizerParts
 from ..data.stream import to_image, to_uint8
 from ..errors import UserError
 from ..evaluate.reconstruction import psnr, ssim
 from ..models.build import build
 from ..models.tokenizers.base import Tokenizer, TokenizerOutput
-from ..models.tokenizers.losses import LPIPS, adaptive_weight, discriminator_loss, generator_loss, reconstruction_loss
+from ..models.tokenizers.discriminators import LeCamDiscriminator
+from ..models.tokenizers.losses import (
+    LPIPS,
+    ConvNextPerceptual,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+    r1_penalty,
+    reconstruction_loss,
+    warm_up,
+)
 from ..models.tokenizers.teachers import Teacher, semantic_loss
 from .clock import Clock
 from .stage import Batch, Networks
@@ -25,11 +38,11 @@ from .strategy import Network, Trainable
 class TokenizerStage:
     """VQ-GAN training (Esser et al. 2021; LlamaGen's settings by config).
 
-    The tokenizer minimises λ_r·rec + λ_p·LPIPS + w·λ_a·adv + the quantizer's losses, where w is 1, or the adaptive weight
-    ‖∇_L(λ_r·rec + λ_p·LPIPS)‖ / (‖∇_L λ_a·adv‖ + 1e-4) over the last layer L, clamped to [0, 1e4].
-    The discriminator rests before `adversarial_start`. Until `auxiliary_end` the tokenizer's early losses count too: the
-    image losses of a second reconstruction that bypasses the quantizer, and its feature loss (GigaTok). With `semantic`,
-    the projected features follow a frozen teacher's: λ_s·(1 - cos).
+    The tokenizer minimises fid + λ_a·u·w·adv + the quantizer's losses, with fid = λ_r·rec + λ_p·LPIPS + λ_c·ConvNeXt, u the
+    warm-up, and w 1 or the adaptive weight ‖∇_L fid‖ / (‖∇_L adv‖ + 1e-4) over the last layer L, clamped to [0, 1e4].
+    The discriminator rests before `adversarial_start`; R1 and LeCam are added to its loss. Until `auxiliary_end` the
+    tokenizer's early losses count too: the image losses of a second reconstruction that bypasses the quantizer, and its
+    feature loss (GigaTok). With `semantic`, the projected features follow a frozen teacher's: λ_s·(1 - cos).
     """
 
     def __init__(self, config: TokenizerParts) -> None:
@@ -38,12 +51,14 @@ class TokenizerStage:
         facts = {"layout": self.tokenizer.layout.to_dict()}
         self.trainables = {"tokenizer": Trainable(self.tokenizer, config.tokenizer, config.optim, facts=facts)}
         if config.discriminator is not None:
-            adversary = build(config.discriminator)
-            self.trainables["discriminator"] = Trainable(adversary, config.discriminator, config.discriminator_optim, ema=False)
-        self.perceptual = LPIPS(config.losses.lpips_weights) if config.losses.perceptual_weight else None
+            node = adversary_node(config.discriminator, config.losses)
+            self.trainables["discriminator"] = Trainable(build(node), node, config.discriminator_optim, ema=False)
+        self.perceptual = perceptual_losses(config.losses)
         self.semantic = config.semantic
         self.teacher: Teacher | None = build(config.semantic.teacher) if config.semantic is not None else None
-        self.frozen: list[nn.Module] = [module for module in (self.perceptual, self.teacher) if module is not None]
+        self.frozen: list[nn.Module] = [module for module, _ in self.perceptual.values()]
+        if self.teacher is not None:
+            self.frozen.append(self.teacher)
         self.last_layer = LastLayer(self.tokenizer.last_layer()) if config.losses.adaptive else None
 
     def step(self, batch: Batch, clock: Clock, networks: Networks) -> dict[str, Tensor]:
@@ -57,16 +72,16 @@ class TokenizerStage:
             losses = self._fidelity(reconstruction, image) | own
             networks["tokenizer"].backward(total(losses))
             return {"loss": total(losses), **losses, **self._histograms(output)}
-        losses, observed = self._generator_step(networks["tokenizer"], adversary, image, reconstruction, own)
-        observed |= self._discriminator_step(adversary, image, reconstruction.detach().float())
+        losses, observed = self._generator_step(networks, image, reconstruction, own, clock)
+        observed |= self._discriminator_step(adversary, image, reconstruction.detach().float(), clock)
         return {"loss": total(losses), **losses, **observed, **self._histograms(output)}
 
     def _fidelity(self, reconstruction: Tensor, image: Tensor) -> dict[str, Tensor]:
         """Weighted losses that compare the reconstruction with the image."""
         distance = reconstruction_loss(reconstruction.float(), image, self.losses.reconstruction)
         losses = {"reconstruction": self.losses.reconstruction_weight * distance}
-        if self.perceptual is not None:
-            losses["perceptual"] = self.losses.perceptual_weight * self.perceptual(reconstruction.float(), image).mean()
+        for name, (measure, weight) in self.perceptual.items():
+            losses[name] = weight * measure(reconstruction.float(), image).mean()
         return losses
 
     def _side_losses(self, output: TokenizerOutput, image: Tensor) -> dict[str, Tensor]:
@@ -85,7 +100,7 @@ class TokenizerStage:
         return losses
 
     def _generator_step(
-        self, tokenizer: Network, adversary: Network, image: Tensor, reconstruction: Tensor, own: dict[str, Tensor]
+        self, networks: Networks, image: Tensor, reconstruction: Tensor, own: dict[str, Tensor], clock: Clock
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The cut-graph step, right under every strategy: no backward passes through two networks.
 
@@ -94,24 +109,36 @@ class TokenizerStage:
         """
         leaf = reconstruction.detach().float().requires_grad_(True)
         losses = self._fidelity(leaf, image)
-        adversary.module.requires_grad_(False)
-        losses["adversarial"] = self.losses.adversarial_weight * generator_loss(adversary.module(leaf), self.losses.adversarial)
-        adversary.module.requires_grad_(True)
-        (adversarial,) = torch.autograd.grad(losses["adversarial"], leaf)
-        (fidelity,) = torch.autograd.grad(total({k: v for k, v in losses.items() if k != "adversarial"}), leaf)
-        weight = torch.ones((), device=leaf.device)
+        (fidelity,) = torch.autograd.grad(total(losses), leaf)
+        adversary = networks["discriminator"].module.requires_grad_(False)
+        judged = generator_loss(adversary(leaf), self.losses.adversarial)
+        adversary.requires_grad_(True)
+        (adversarial,) = torch.autograd.grad(judged, leaf)
+        weight: float | Tensor = self._adversarial_weight(clock)
+        observed: dict[str, Tensor] = {}
         if self.last_layer is not None:
-            weight = adaptive_weight(self.last_layer.norm(fidelity), self.last_layer.norm(adversarial))
-        losses["adversarial"] = weight * losses["adversarial"].detach()
+            observed["adaptive_weight"] = adaptive_weight(self.last_layer.norm(fidelity), self.last_layer.norm(adversarial))
+            weight = weight * observed["adaptive_weight"]
+        losses["adversarial"] = weight * judged.detach()
         surrogate = (reconstruction.float() * (fidelity + weight * adversarial)).sum()
-        tokenizer.backward(total({"surrogate": surrogate} | own))  # `own` is empty for quantizers without a loss
-        return losses | own, {"adaptive_weight": weight} if self.last_layer is not None else {}
+        networks["tokenizer"].backward(total({"surrogate": surrogate} | own))  # `own` is empty for quantizers without a loss
+        return losses | own, observed
 
-    def _discriminator_step(self, adversary: Network, image: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
+    def _adversarial_weight(self, clock: Clock) -> float:
+        """λ_a, risen as far as its warm-up says."""
+        start, length = (clock.steps(of) for of in (self.losses.adversarial_start, self.losses.adversarial_warmup))
+        return self.losses.adversarial_weight * warm_up(clock.step, start, length)
+
+    def _discriminator_step(self, adversary: Network, image: Tensor, reconstruction: Tensor, clock: Clock) -> dict[str, Tensor]:
         real, fake = adversary(image), adversary(reconstruction)
-        loss = discriminator_loss(real, fake, self.losses.adversarial)
-        adversary.backward(loss)
-        return {"discriminator": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+        losses = {"discriminator": discriminator_loss(real, fake, self.losses.adversarial)}
+        if isinstance(adversary.module, LeCamDiscriminator):
+            losses["lecam"] = self.losses.lecam_weight * adversary.module.lecam(real, fake)
+        if self.losses.r1_weight and clock.step % self.losses.r1_every == 0:
+            weight = self.losses.r1_weight * self.losses.r1_every
+            losses["r1"] = weight * gradient_penalty(adversary.module, image)
+        adversary.backward(total(losses))
+        return {**losses, "logits_real": real.mean(), "logits_fake": fake.mean()}
 
     def _histograms(self, output: TokenizerOutput) -> dict[str, Tensor]:
         """How often each code was used, for every stream of the layout that has a codebook of its own, or a scale."""
@@ -136,6 +163,31 @@ class TokenizerStage:
         _, reconstruction = _forward(networks["tokenizer"], to_image(images))
         pairs = torch.stack([images, to_uint8(reconstruction)], dim=1)
         return {"reconstruction": pairs.flatten(0, 1)}
+
+
+def adversary_node(discriminator: dict[str, Any], losses: TokenizerLosses) -> dict[str, Any]:
+    """The discriminator's config node, with LeCam's averages around it where LeCam is used."""
+    if not losses.lecam_weight:
+        return discriminator
+    name = f"{LeCamDiscriminator.__module__}.{LeCamDiscriminator.__name__}"
+    return {"_target_": name, "discriminator": discriminator, "decay": losses.lecam_decay}
+
+
+def perceptual_losses(losses: TokenizerLosses) -> dict[str, tuple[nn.Module, float]]:
+    """The perceptual distances in use, frozen, each with its weight."""
+    found: dict[str, tuple[nn.Module, float]] = {}
+    if losses.perceptual_weight:
+        found["perceptual"] = LPIPS(losses.lpips_weights), losses.perceptual_weight
+    if losses.convnext_weight:
+        found["convnext"] = ConvNextPerceptual(str(losses.convnext_path)), losses.convnext_weight
+    return found
+
+
+def gradient_penalty(discriminator: nn.Module, image: Tensor) -> Tensor:
+    """R1 of the plain module, in full precision: wrappers, fused attention and compiled graphs have no second derivative."""
+    leaf = image.detach().requires_grad_(True)
+    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+        return r1_penalty(discriminator(leaf), leaf)
 
 
 class LastLayer:

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ...errors import UserError
-from ...ranges import NonNegativeInt, PositiveInt
+from ...ranges import Fraction, NonNegativeInt, PositiveInt
 from .frozen import IMAGENET, UsesFrozen, load_frozen
+from .losses import LeCam
 
 _KERNEL = 4
 
@@ -136,6 +137,23 @@ class DinoDiscriminator(UsesFrozen):
         if spare == (0, 0):
             return image
         return F.interpolate(image, (self.size, self.size), mode="area" if spare[0] > 0 else "bicubic")
+
+
+class LeCamDiscriminator(nn.Module):
+    """A discriminator with LeCam's averages of its logits beside it, so that what belongs together is saved together.
+
+    Args:
+        discriminator: images to logits.
+        decay: of the averages.
+    """
+
+    def __init__(self, discriminator: nn.Module, decay: Fraction = 0.999) -> None:
+        super().__init__()
+        self.discriminator, self.lecam = discriminator, LeCam(decay)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """The discriminator's logits of images `[B, 3, H, W]`."""
+        return self.discriminator(image)
 
 
 class LocalBatchNorm(nn.Module):
