@@ -165,10 +165,17 @@ class TokenizerLosses(Node):
     reconstruction_weight: NonNegativeFloat = Field(1.0, description="of the pixel loss")
     perceptual_weight: NonNegativeFloat = Field(0.0, description="of LPIPS, which needs lpips_weights")
     lpips_weights: Text | None = Field(None, description="file with VGG16 and linear-head weights")
+    convnext_weight: NonNegativeFloat = Field(0.0, description="of the distance of ConvNeXt's logits; needs convnext_path")
+    convnext_path: Text | None = Field(None, description="folder or hub id of a ConvNeXt classifier of transformers")
     adversarial: Literal["hinge", "non_saturating"] = Field("hinge", description="loss of the discriminator")
     adversarial_weight: NonNegativeFloat = Field(0.5, description="of the generator's adversarial loss")
     adversarial_start: Length = Field(0, description="the discriminator rests before")
+    adversarial_warmup: Length = Field(0, description="from its start the adversarial weight rises linearly for so long")
     adaptive: bool = Field(False, description="scale the adversarial weight by the ratio of last-layer gradients")
+    r1_weight: NonNegativeFloat = Field(0.0, description="γ/2: of the discriminator's squared gradient on real images")
+    r1_every: PositiveInt = Field(1, description="R1 at every so many steps, weighted as much higher (StyleGAN2: 16)")
+    lecam_weight: NonNegativeFloat = Field(0.0, description="of LeCam, which keeps logits near the other kind's average")
+    lecam_decay: Fraction = Field(0.999, description="of LeCam's averages")
     auxiliary_end: Length = Field(0, description="end of the tokenizer's early losses (GigaTok's shortcut and feature loss)")
 
 
