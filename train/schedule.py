@@ -13,16 +13,17 @@ def factor(config: ScheduleConfig, clock: Clock) -> float:
 
     Warm-up rises linearly from 1/warmup to 1 over the first `warmup` steps. After it, with p the progress through the rest:
     `constant` 1; `linear` 1 → floor; `cosine` half a cosine 1 → floor; `wsd` 1, then over the last share `decay`
-    floor + (1 - floor)·(1 - sqrt(q)) with q the progress through that share (the WSD schedule of GigaTok's generators).
+    floor + (1 - floor)·(1 - sqrt(q)) with q the progress through that share (the WSD schedule of GigaTok's generators);
+    `drops` floor + (1 - floor)·dropⁿ after n of the `drops`, which count from the start of the run (Open-MAGVIT2, IBQ).
     """
     warmup = clock.steps(config.warmup)
     if clock.step < warmup:
         return (clock.step + 1) / warmup
     progress = min(1.0, (clock.step - warmup) / max(1, clock.total - warmup))
-    return config.floor + (1 - config.floor) * _shape(config, progress)
+    return config.floor + (1 - config.floor) * _shape(config, clock, progress)
 
 
-def _shape(config: ScheduleConfig, progress: float) -> float:
+def _shape(config: ScheduleConfig, clock: Clock, progress: float) -> float:
     match config.kind:
         case "cosine":
             return 0.5 * (1 + math.cos(math.pi * progress))
@@ -30,5 +31,7 @@ def _shape(config: ScheduleConfig, progress: float) -> float:
             return 1 - progress
         case "wsd" if config.decay > 0:
             return 1 - math.sqrt(max(0.0, (progress - (1 - config.decay)) / config.decay))
+        case "drops":
+            return config.drop ** sum(clock.step >= clock.steps(time) for time in config.drops)
         case _:
             return 1.0

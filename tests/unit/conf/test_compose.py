@@ -62,7 +62,7 @@ def test_all_problems_at_once():
         ("optim.lr=ten", "optim.lr: must be a number, not 'ten'"),
         ("optim.betas=[0.9,1.5]", "optim.betas.1: must be less than or equal to 1, not 1.5"),
         ("data.flip=perhaps", "data.flip: must be true or false, not 'perhaps'"),
-        ("schedule.kind=cos", "schedule.kind: must be 'constant', 'cosine', 'linear' or 'wsd', not 'cos'"),
+        ("schedule.kind=cos", "schedule.kind: must be 'constant', 'cosine', 'linear', 'wsd' or 'drops', not 'cos'"),
         ("loop=3", "loop: must be a group of keys, not 3"),
         ("loop.duration=3 weeks",
          """loop.duration: '3 weeks' is not a duration; write 2000, "2k steps", "500k samples" or "3 epochs\""""),

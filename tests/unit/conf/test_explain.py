@@ -14,7 +14,7 @@ def test_types_values_and_meanings():
     assert (found["optim.lr"].kind, found["optim.lr"].value) == ("float > 0", "0.0003")
     assert found["loop.eval_every"].kind == "duration | null"
     assert found["loop.duration"].value == "(missing)"
-    assert found["schedule.kind"].options == ("constant", "cosine", "linear", "wsd")
+    assert found["schedule.kind"].options == ("constant", "cosine", "linear", "wsd", "drops")
     assert found["optim"].options == ("adam", "adamw")
     assert found["loop.accumulate"].about == "micro-batches per rank and step"
 

@@ -50,3 +50,10 @@ def test_wsd_is_flat_then_falls_like_one_minus_sqrt():
     config = ScheduleConfig(kind="wsd", decay=0.2)
     assert factor(config, at(80)) == 1.0
     assert factor(config, at(85)) == pytest.approx(1 - 0.25**0.5)
+
+
+def test_drops_multiply_from_their_step_on():
+    config = ScheduleConfig(kind="drops", drops=["40 steps", 70], drop=0.1, warmup=5)
+    assert [factor(config, at(step)) for step in (10, 39)] == [1.0, 1.0]
+    assert [factor(config, at(step)) for step in (40, 69)] == pytest.approx([0.1, 0.1])
+    assert [factor(config, at(step)) for step in (70, 100)] == pytest.approx([0.01, 0.01])
