@@ -304,12 +304,27 @@ class Features(Node):
     path: Text | None = Field(None, description="its run or weights file")
 
 
+class Probe(Node):
+    """A linear classifier on frozen features."""
+
+    tokens: Literal["latent", "quantized", "encoder"] = Field(
+        "latent", description="of a tokenizer: before or after quantization, or what the convolution before it sees"
+    )
+    pool: Literal["mean", "concat"] = Field("mean", description="over the tokens")
+    epochs: PositiveInt = Field(90, description="over the training images")
+    warmup_epochs: NonNegativeInt = Field(10, description="linear, from 0")
+    batch_size: PositiveInt = Field(256, description="features at once")
+    lr: PositiveFloat = Field(0.1, description="of LARS at a batch of 256; scaled by the batch")
+    views: PositiveInt | None = Field(None, description="augmented views of each image, reused in turn; null: one per epoch")
+
+
 class Evaluate(Node):
     """`tokar evaluate`."""
 
     stage: Literal["evaluate"]
     paths: Paths
     target: Text = Field(description="a run, an exported model, an npz or a folder of images")
+    probe: Probe | None = Field(None, description="probe=linear: measure how much of the class the tokens tell")
     data: Data | None = None
     split: Text | None = Field(None, description="reference; null: validation for a tokenizer, training for samples")
     decode_with: Text | None = Field(None, description="tokenizer; null takes the one the generator was trained with")

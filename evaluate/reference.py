@@ -20,12 +20,23 @@ def plain_split(data: Data, split: str) -> ImageDataset:
     return ImageDataset(data.path, split, transform=Augment(data.image_size, crop=crop), decoder=data.decoder)
 
 
+def augmented_split(data: Data, split: str) -> ImageDataset:
+    """A split cropped and mirrored at random where `data` says so."""
+    transform = Augment(data.image_size, crop=data.crop, flip=data.flip)
+    return ImageDataset(data.path, split, transform=transform, decoder=data.decoder)
+
+
+def facts_of(data: Data, split: str, samples: ImageDataset, count: int) -> dict[str, Any]:
+    """What names the first `count` images of a split, for a protocol."""
+    return {"source": data.source, "split": split, "images": count, "image_size": data.image_size, "crop": data.crop,
+            "content": content_id({"shards": [shard["sha256"] for shard in samples.manifest.get("shards", [])]})}  # fmt: skip
+
+
 def reference_batches(
     data: Data, split: str, batch_size: int, count: int | None
 ) -> tuple[Iterator[dict[str, Tensor]], int, dict[str, Any]]:
     """Batches of the first `count` images (`None`: all), how many they are, and the facts that name them."""
     samples = plain_split(data, split)
     total = min(count or len(samples), len(samples))
-    facts = {"source": data.source, "split": split, "images": total, "image_size": data.image_size, "crop": data.crop,
-             "content": content_id({"shards": [shard["sha256"] for shard in samples.manifest.get("shards", [])]})}  # fmt: skip
-    return Stream(samples, batch_size=batch_size, seed=0, shuffle=False, workers=data.workers).once(total), total, facts
+    stream = Stream(samples, batch_size=batch_size, seed=0, shuffle=False, workers=data.workers)
+    return stream.once(total), total, facts_of(data, split, samples, total)

@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from ..conf.compose import Composed
-from ..conf.schema import Data, Evaluate, Sampling
+from ..conf.schema import Data, Evaluate, Probe, Sampling
 from ..data.files import check_place
 from ..data.progress import progress_bar
 from ..data.stream import to_image
@@ -20,13 +20,15 @@ from ..errors import UserError
 from ..models.build import load_model, locate_model, pick_device, weights_hash
 from ..models.classifier import Classifier
 from ..models.generators.base import Generator
-from ..models.open import open_generator
+from ..models.open import OpenedGenerator, open_generator
 from ..models.tokenizers.base import Tokenizer
 from ..models.tokenizers.losses import LPIPS
 from .console import say, table
 from .features import ClassifierFeatures, load_features
 from .generation import evaluate_generation, gaussian_of
 from .images import count_samples, load_samples
+from .probe import images_seen, linear_probe
+from .probe_features import generator_features, token_features
 from .protocol import Result, content_id
 from .reconstruction import evaluate_tokenizer
 from .reference import reference_batches
@@ -77,6 +79,8 @@ class Task:
             "weights": weights_hash(model)[:16],
             "ema": self.config.ema,
         }
+        if self.config.probe:
+            return self._probe(self.config.probe, model, subject)
         match model:
             case Tokenizer():
                 return self._reconstruction(model, subject)
@@ -87,6 +91,32 @@ class Task:
         raise UserError(
             f"holds a {type(model).__name__}, which has no evaluation", where=self.target, fix="point at another run"
         )
+
+    def _probe(self, settings: Probe, model: torch.nn.Module, subject: dict[str, Any]) -> Result:
+        """Linear probe of a tokenizer's tokens, or of a generator that reads them."""
+        what: dict[str, Any] = {"of": "tokenizer", "tokens": settings.tokens, "pool": settings.pool}
+        if isinstance(model, Generator):
+            opened = self._opened_generator()
+            extract = generator_features(opened.generator, opened.tokenizer)
+            what = {"of": "generator", "layer": "middle block", "pool": "mean over slots", "condition": "no class"}
+        elif isinstance(model, Tokenizer):
+            extract = token_features(model, settings.tokens, settings.pool)
+        else:
+            raise UserError(f"holds a {type(model).__name__}", where=self.target, fix="probe a tokenizer or a generator")
+        data, split, count = self._data, self.config.split, self.config.count
+        with progress_bar(None, images_seen(data, settings, split, count), "probing") as advance:
+            return linear_probe(
+                extract, data, settings, what=what, device=self.device, split=split, count=count, subject=subject,
+                batch_size=self.config.batch_size, seed=self.config.seed, on_image=advance,
+            )  # fmt: skip
+
+    def _opened_generator(self) -> OpenedGenerator:
+        """The generator that the target is, and its tokenizer."""
+        place = Path(self.config.decode_with) if self.config.decode_with else None
+        opened = open_generator(self.target, tokenizer=place, ema=self.config.ema)
+        opened.generator.to(self.device)
+        opened.tokenizer.to(self.device)
+        return opened
 
     def _reconstruction(self, tokenizer: Tokenizer, subject: dict[str, Any]) -> Result:
         split = self.config.split or self._data.val_split
@@ -101,9 +131,8 @@ class Task:
             )
 
     def _samples(self, subject: dict[str, Any]) -> Result:
-        place = Path(self.config.decode_with) if self.config.decode_with else None
-        opened = open_generator(self.target, tokenizer=place, ema=self.config.ema)
-        generator, tokenizer = opened.generator.to(self.device), opened.tokenizer.to(self.device)
+        opened = self._opened_generator()
+        generator, tokenizer = opened.generator, opened.tokenizer
         sampling = Sampling.model_validate({**self._run_config.get("sampling", {}), **self.sampling}).model_dump()
         count = self.config.count or reference_batches(self._data, self._reference_split, 1, None)[1]
         labels = class_ids(count, None, generator.num_classes)

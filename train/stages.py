@@ -12,9 +12,8 @@ from ..conf.schema import ClassifierRun, Data, GeneratorRun, Spine, TokenizerRun
 from ..data.codes import CodeDataset
 from ..data.shards import ImageDataset
 from ..data.stream import Dataset, Stream
-from ..data.transforms import Augment
 from ..errors import UserError
-from ..evaluate.reference import plain_split
+from ..evaluate.reference import augmented_split, plain_split
 from ..models.build import resolve_target, weights_hash
 from ..models.open import open_tokenizer
 from ..models.tokenizers.base import Tokenizer
@@ -77,9 +76,7 @@ BUILDERS: dict[str, Callable[..., Built]] = {
 
 def image_splits(data: Data) -> tuple[ImageDataset, ImageDataset]:
     """The training and validation images of a data set; only the training ones are augmented."""
-    augment = Augment(data.image_size, crop=data.crop, flip=data.flip)
-    train = ImageDataset(data.path, data.train_split, transform=augment, decoder=data.decoder)
-    return train, plain_split(data, data.val_split)
+    return augmented_split(data, data.train_split), plain_split(data, data.val_split)
 
 
 def fill(node: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
