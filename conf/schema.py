@@ -168,6 +168,9 @@ class TokenizerLosses(Node):
     convnext_weight: NonNegativeFloat = Field(0.0, description="of the distance of ConvNeXt's logits; needs convnext_path")
     convnext_path: Text | None = Field(None, description="folder or hub id of a ConvNeXt classifier of transformers")
     adversarial: Literal["hinge", "non_saturating"] = Field("hinge", description="loss of the discriminator")
+    adversarial_generator: Literal["hinge", "non_saturating"] | None = Field(
+        None, description="loss of the generator; null takes the discriminator's"
+    )
     adversarial_weight: NonNegativeFloat = Field(0.5, description="of the generator's adversarial loss")
     adversarial_start: Length = Field(0, description="the discriminator rests before")
     adversarial_warmup: Length = Field(0, description="from its start the adversarial weight rises linearly for so long")

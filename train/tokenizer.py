@@ -111,7 +111,7 @@ class TokenizerStage:
         losses = self._fidelity(leaf, image)
         (fidelity,) = torch.autograd.grad(total(losses), leaf)
         adversary = networks["discriminator"].module.requires_grad_(False)
-        judged = generator_loss(adversary(leaf), self.losses.adversarial)
+        judged = generator_loss(adversary(leaf), self.losses.adversarial_generator or self.losses.adversarial)
         adversary.requires_grad_(True)
         (adversarial,) = torch.autograd.grad(judged, leaf)
         weight: float | Tensor = self._adversarial_weight(clock)

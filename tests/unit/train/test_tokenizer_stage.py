@@ -120,6 +120,18 @@ def test_the_adversarial_weight_warms_up(workers, batch):
     assert adversarial == pytest.approx({4: 0.0, 5: -0.3 / 4, 8: -0.3, 9: -0.3}, rel=1e-3)
 
 
+def test_the_generator_may_have_a_loss_of_its_own(workers, batch):
+    options = ["losses.adversarial_generator=non_saturating", "losses.adversarial_weight=0.3"]
+    stage, networks = make(workers, *options)
+    metrics = stage.step(batch, Clock(5, 0, 10, 4, 100), networks)
+    plain, nets = make(workers, *options)
+    image = batch["image"].permute(0, 3, 1, 2).float() / 127.5 - 1
+    judge = nets["discriminator"].module
+    real, fake = judge(image), judge(plain.tokenizer(image).reconstruction)
+    torch.testing.assert_close(metrics["adversarial"], 0.3 * nn.functional.softplus(-fake).mean(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(metrics["discriminator"], discriminator_loss(real, fake, "hinge"), rtol=1e-4, atol=1e-6)
+
+
 def test_regularised_discriminator_has_the_gradient_of_the_sum(workers, batch):
     """Hinge, LeCam and R1 of every second step, twice as heavy there, against the plain formulas."""
     options = ["losses.lecam_weight=0.4", "losses.lecam_decay=0.9", "losses.r1_weight=0.2", "losses.r1_every=2"]
