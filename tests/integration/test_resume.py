@@ -11,7 +11,8 @@ TOKENIZER = [
     "train", "tokenizer", "tokenizer.encoder.width=32", "tokenizer.encoder.multipliers=[1,1]", "tokenizer.encoder.blocks=1",
     "tokenizer.decoder.blocks=1", "tokenizer.encoder.z_channels=32", "tokenizer.quantizer.codebook_size=32",
     "tokenizer.quantizer.restart_after=3", "discriminator.width=8", "discriminator.layers=1", "losses.adversarial_start=6",
-    "losses.adaptive=true", "schedule=cosine", "schedule.warmup=4", "loop.accumulate=2",
+    "losses.adaptive=true", "losses.adversarial_warmup=9", "losses.lecam_weight=0.1", "losses.lecam_decay=0.9",
+    "losses.r1_weight=0.05", "losses.r1_every=3", "schedule=cosine", "schedule.warmup=4", "loop.accumulate=2",
 ]  # fmt: skip
 GENERATOR = [
     "train", "generator", "generator.dim=32", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32",
