@@ -49,12 +49,7 @@ def recognise(shapes: Shapes) -> bool:
 
 def to_ours(state: Mapping[str, Tensor], renames: Renames = RENAMES) -> State:
     """Rename, join q, k, v, leave out the usage window, add our count of unused steps."""
-    merged = {name: value for name, value in state.items() if name != USED}
-    for stem in [name.removesuffix("q.weight") for name in state if name.endswith(".q.weight")]:
-        for kind in ("weight", "bias"):
-            parts = [f"{stem}{letter}.{kind}" for letter in "qkv"]
-            if all(part in merged for part in parts):  # else the strict load names what is missing
-                merged[f"{stem}qkv.{kind}"] = torch.cat([merged.pop(part) for part in parts])
+    merged = join_qkv({name: value for name, value in state.items() if name != USED})
     ours = {rename(name, renames): value for name, value in merged.items()}
     ours[_UNUSED] = torch.zeros(state[_CODEBOOK].shape[0], dtype=torch.int64)
     return ours
@@ -62,17 +57,31 @@ def to_ours(state: Mapping[str, Tensor], renames: Renames = RENAMES) -> State:
 
 def to_theirs(state: Mapping[str, Tensor], renames: Renames = RENAMES_BACK) -> State:
     """Rename back, part q, k, v, add an empty usage window."""
-    theirs: State = {USED: torch.zeros(_USED_LENGTH)}
-    for ours, value in state.items():
-        if ours == _UNUSED:
-            continue
-        name = rename(ours, renames)
+    renamed = {rename(name, renames): value for name, value in state.items() if name != _UNUSED}
+    return {USED: torch.zeros(_USED_LENGTH), **part_qkv(renamed)}
+
+
+def join_qkv(state: Mapping[str, Tensor]) -> State:
+    """Every `*.q`, `*.k` and `*.v` as one `*.qkv`."""
+    joined = dict(state)
+    for stem in [name.removesuffix("q.weight") for name in state if name.endswith(".q.weight")]:
+        for kind in ("weight", "bias"):
+            parts = [f"{stem}{letter}.{kind}" for letter in "qkv"]
+            if all(part in joined for part in parts):  # else the strict load names what is missing
+                joined[f"{stem}qkv.{kind}"] = torch.cat([joined.pop(part) for part in parts])
+    return joined
+
+
+def part_qkv(state: Mapping[str, Tensor]) -> State:
+    """The inverse of `join_qkv`."""
+    parted: State = {}
+    for name, value in state.items():
         stem, _, kind = name.rpartition(".qkv.")
         if stem:
-            theirs |= {f"{stem}.{letter}.{kind}": part.clone() for letter, part in zip("qkv", value.chunk(3), strict=True)}
+            parted |= {f"{stem}.{letter}.{kind}": part.clone() for letter, part in zip("qkv", value.chunk(3), strict=True)}
         else:
-            theirs[name] = value
-    return theirs
+            parted[name] = value
+    return parted
 
 
 def rename(name: str, table: Renames) -> str:
