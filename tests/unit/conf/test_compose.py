@@ -164,6 +164,8 @@ def test_every_experiment_composes_for_the_stage_it_names(root, tmp_path):
             own = [f"losses.lpips_weights={tmp_path}/lpips.pth"]
         if "override /semantic" in text:
             own.append("semantic.teacher.path=somewhere")
+        if "override /discriminator: dino" in text:
+            own.append("discriminator.path=somewhere")
         assert compose(stage, [f"experiment={name}", *own]).typed.experiment == name
 
 
