@@ -18,6 +18,7 @@ _FAMILIES = {
     "gigatok_1d": "gigatok.GigaTok1D",
     "gigatok_2d": "gigatok.GigaTok2D",
     "var_vqvae": "var.VARVQVAE",
+    "titok": "titok.TiTok",
 }
 
 
