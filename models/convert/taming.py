@@ -53,8 +53,10 @@ def read_half(shapes: Shapes, stem: str) -> dict[str, Any]:
         if found := re.fullmatch(rf"{re.escape(stem)}\.(\d+)\.block\.(\d+)\.conv1\.weight", name):
             widths[int(found[1])] = size[0]
             blocks = max(blocks, int(found[2]) + 1)
-    inner, outer = shape(shapes, f"{half}.conv_in.weight"), shape(shapes, f"{half}.conv_out.weight")
-    width, z_channels = (inner[0], outer[0]) if half == "encoder" else (outer[1], inner[1])
+    width = shape(shapes, "encoder.conv_in.weight")[0]
+    z_channels = (
+        shape(shapes, "encoder.conv_out.weight")[0] if half == "encoder" else shape(shapes, "decoder.conv_in.weight")[1]
+    )
     return {
         "width": width,
         "multipliers": [widths[level] // width for level in sorted(widths)],
