@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tokar.conf.overrides import ROOT
 from tokar.data.prepare import prepare
-from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
+from transformers import ConvNextConfig, ConvNextForImageClassification, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 TEXTS = {path.stem: path.read_text() for path in sorted(ROOT.glob("experiment/*.yaml"))}
 STAGES = {name: re.search(r"^stage: (\w+)", text, re.MULTILINE)[1] for name, text in TEXTS.items()}
@@ -25,6 +25,11 @@ CUT = {
         "tokenizer.semantic.depth=1",
     ],
     "gigatok_bl_dino": ["losses.adversarial_start=0"],
+    "titok": [
+        "tokenizer.quantizer.codebook_size=64", "tokenizer.token_encoder.width=32", "tokenizer.token_encoder.layers=1",
+        "tokenizer.token_encoder.heads=2", "tokenizer.token_decoder.width=32", "tokenizer.token_decoder.layers=1",
+        "tokenizer.token_decoder.heads=2", "losses.adversarial_start=0",
+    ],
     "llamagen_b": ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32"],
 }  # fmt: skip
 """By the beginning of a name: what makes a recipe small while its shape, losses and optimizers stay."""
@@ -54,6 +59,8 @@ def folder(tmp_path_factory):
     save_file(random_lpips(), folder / "lpips.safetensors")
     config = Dinov2Config(hidden_size=768, num_hidden_layers=1, num_attention_heads=12, patch_size=14, image_size=224)
     Dinov2Model(config).save_pretrained(folder / "dinov2")
+    config = ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 1], num_stages=2, num_labels=5)
+    ConvNextForImageClassification(config).save_pretrained(folder / "convnext")
     config = ViTConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=12, num_attention_heads=2, image_size=224)
     ViTModel(config).save_pretrained(folder / "dino")
     return folder
@@ -74,6 +81,8 @@ def take_step(start, noise, folder):
                 overrides.append("losses.lpips_weights=lpips.safetensors")
             if "override /discriminator: dino" in TEXTS[name]:
                 overrides.append("discriminator.path=dino")
+            if "convnext_weight" in TEXTS[name]:
+                overrides.append("losses.convnext_path=convnext")
             if "override /semantic" in TEXTS[name]:
                 overrides.append("semantic.teacher.path=dinov2")
             command = start(folder, "train", STAGES[name], *overrides)
