@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...ranges import PositiveInt
 from .layout import Kind
-from .vit import DecoderLayer, EncoderLayer, grid_of, position_table
+from .vit import DecoderLayer, EncoderLayer, grid_of, position_table, sincos_table
 
 Size = tuple[int, int]
 
@@ -83,6 +83,9 @@ class TokenEncoder(LatentTransformer):
         queries: how the queries begin: averages of the map from coarse to fine (`pooled`, see `pooling_matrix`), its mean
             (`mean`), or learned vectors.
         qk_norm: LayerNorm on queries and keys of each head.
+        positions: how the learned tables of positions begin: `random`, as published, or `sincos`, the two-dimensional sines and
+            cosines of the patches with the tokens at the averages of their blocks (`pooling_matrix`). Attention finds its
+            places far sooner from there, which short runs need.
 
     Raises:
         ValueError: sizes that do not fit each other.
@@ -99,6 +102,7 @@ class TokenEncoder(LatentTransformer):
         patch: PositiveInt = 16,
         queries: Literal["pooled", "mean", "learned"] = "pooled",
         qk_norm: bool = False,
+        positions: Literal["random", "sincos"] = "random",
     ) -> None:
         grid = grid_of(image_size, patch)
         stack = (DecoderLayer(width, heads, qk_norm) for _ in range(layers))
@@ -108,6 +112,8 @@ class TokenEncoder(LatentTransformer):
         self.query_proj = None if queries == "learned" else nn.Linear(width, width)
         self.pool: Tensor | None
         self.register_buffer("pool", pooling_matrix(tokens, grid) if queries == "pooled" else None, persistent=False)
+        if positions == "sincos":
+            _place(self.positions, self.token_positions, grid)
 
     def forward(self, z: Tensor, tap: int = 0) -> tuple[Tensor, Tensor | None]:
         """`[B, Z, h, w]` to `[B, Z, 1, N]`, and what left layer `tap`."""
@@ -156,6 +162,14 @@ def pooling_matrix(tokens: int, grid: Size) -> Tensor:
     return torch.cat(blocks)
 
 
+def _place(patches: nn.Parameter, tokens: nn.Parameter, grid: Size) -> None:
+    """Fill the tables of positions of patches and tokens with sines and cosines and their averages."""
+    with torch.no_grad():
+        table = sincos_table(grid, patches.shape[1])
+        patches.copy_(table)
+        tokens.copy_(pooling_matrix(tokens.shape[0], grid) @ table)
+
+
 class TokenDecoder(LatentTransformer):
     """Spatial queries that read a row of tokens back into a map.
 
@@ -169,6 +183,9 @@ class TokenDecoder(LatentTransformer):
         patch: pixels a side of a cell of the map: the stride of the CNN.
         queries: every query begins as the first token (`first`), or as a learned vector.
         qk_norm: LayerNorm on queries and keys of each head.
+        positions: how the learned tables of positions begin: `random`, as published, or `sincos`, the two-dimensional sines and
+            cosines of the patches with the tokens at the averages of their blocks (`pooling_matrix`). Attention finds its
+            places far sooner from there, which short runs need.
 
     Raises:
         ValueError: sizes that do not fit each other.
@@ -185,12 +202,15 @@ class TokenDecoder(LatentTransformer):
         patch: PositiveInt = 16,
         queries: Literal["first", "learned"] = "first",
         qk_norm: bool = False,
+        positions: Literal["random", "sincos"] = "random",
     ) -> None:
         grid = grid_of(image_size, patch)
         stack = (DecoderLayer(width, heads, qk_norm) for _ in range(layers))
         super().__init__(((1, tokens), grid), z_channels, width, stack, grid[0] * grid[1], kernel=3)
         self.token_positions = position_table(tokens, width)
         self.queries = position_table(grid[0] * grid[1], width) if queries == "learned" else None
+        if positions == "sincos":
+            _place(self.positions, self.token_positions, grid)
 
     def forward(self, z: Tensor, tap: int = 0) -> tuple[Tensor, Tensor | None]:
         """`[B, Z, 1, N]` to `[B, Z, h, w]`, and what left layer `tap`."""

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from tokar.models.tokenizers.latent_transformers import (
@@ -7,6 +9,7 @@ from tokar.models.tokenizers.latent_transformers import (
     pooling_matrix,
     pooling_sizes,
 )
+from tokar.models.tokenizers.vit import sincos_table
 from torch.nn.functional import avg_pool2d
 
 SMALL = {"width": 16, "layers": 3, "heads": 2, "z_channels": 6, "image_size": 16, "patch": 4}
@@ -111,3 +114,24 @@ def test_the_pooling_table_is_real_in_a_model_on_the_meta_device():
         model = TokenEncoder(**ROW)
     assert torch.equal(model.pool, pooling_matrix(8, (4, 4)))
     assert "pool" not in model.state_dict()
+
+
+def test_sincos_positions_put_the_tokens_at_the_averages_of_their_blocks():
+    grid = (4, 8)
+    encoder = TokenEncoder(32, 1, 4, 16, 8, (16, 32), 4, positions="sincos")
+    decoder = TokenDecoder(32, 1, 4, 16, 8, (16, 32), 4, positions="sincos")
+    patches = sincos_table(grid, 32)
+    places = [[(row, column) for column in range(8)] for row in range(4)]
+    row, column = places[2][5]
+    rates = [10000 ** (-i / 8) for i in range(8)]
+    expected = [f(place * rate) for place in (row, column) for f in (math.sin, math.cos) for rate in rates]
+    torch.testing.assert_close(patches[row * 8 + column], torch.tensor(expected))
+    for module in (encoder, decoder):
+        torch.testing.assert_close(module.positions.detach(), patches)
+        torch.testing.assert_close(module.token_positions[0].detach(), patches.mean(0))
+        torch.testing.assert_close(module.token_positions[2].detach(), patches.unflatten(0, grid)[:, :4].mean((0, 1)))
+
+
+def test_sincos_positions_need_a_width_of_fours():
+    with pytest.raises(ValueError, match="not a multiple of 4"):
+        sincos_table((2, 2), 30)
