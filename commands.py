@@ -135,6 +135,16 @@ def _evaluate(arguments: Arguments) -> int:
     return evaluate(composed)
 
 
+def _probe(arguments: Arguments) -> int:
+    from .conf.compose import compose
+
+    tokenizer = positional("codes.tokenizer", arguments.run)
+    compose("generator", ["experiment=ar_probe", tokenizer, *arguments.overrides])  # its errors before the slow imports
+    from .train.probe import probe
+
+    return probe(Path(arguments.run), arguments.overrides, arguments.features, arguments.count)
+
+
 def _report(arguments: Arguments) -> int:
     from .evaluate.report import write_report
 
@@ -260,6 +270,12 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("evaluate", "measure a run, a model or a set of images", _evaluate,
                 (argument("target", metavar="TARGET", help=f"{RUN}, an npz or a folder of images"), OVERRIDES),
                 stage="evaluate", example="tokar evaluate runs/digits_vqgan features.path=runs/digits_classifier"),
+        Command("probe", "train a small generator on a tokenizer's codes and measure both", _probe,
+                (argument("run", metavar="RUN", help=f"a tokenizer: {RUN}"), OVERRIDES,
+                 argument("--features", metavar="[NAME=]PATH", help="classifier run, or inception=FILE, dinov2=FOLDER: also "
+                          "measure samples"),
+                 argument("--count", metavar="N", type=int, help="samples; default: as many as validation images")),
+                stage="generator", example="tokar probe runs/digits_vqgan --features runs/digits_classifier"),
         Command("report", "write one HTML page on one or more runs", _report,
                 (argument("runs", nargs="+", metavar="RUN", help="run folders"),
                  argument("--out", metavar="FILE", help="default: report.html in the run, or here for several")),

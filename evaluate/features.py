@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UserError, nearest
-from ..models.build import EMA_NAME, WEIGHTS_NAME, load_model, load_strict
+from ..models.build import EMA_NAME, WEIGHTS_NAME, load_model, load_strict, locate_model
 from ..models.classifier import Classifier
 from .inception import INPUT_SIZE, POOL_DIM, FIDInception
 from .protocol import file_hash
@@ -211,6 +211,13 @@ FEATURE_NETS: dict[str, type[InceptionFeatures] | type[DinoFeatures] | type[Clas
     "dinov2": DinoFeatures,
     "classifier": ClassifierFeatures,
 }
+
+
+def features_place(name: str, path: str | None) -> Path | None:
+    """Where the weights of a feature network lie; a classifier may be named by its run."""
+    if path is None:
+        return None
+    return locate_model(Path(path)) if name == "classifier" else Path(path)
 
 
 def load_features(name: str, path: Path | None, device: str | torch.device = "cpu") -> FeatureNet:

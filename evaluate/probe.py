@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -65,16 +66,16 @@ def linear_probe(
     """
     train, judged = augmented_split(data, data.train_split), plain_split(data, split or data.val_split)
     classes = _classes(train, judged)
-    made = {"batch_size": batch_size, "seed": seed, "device": device, "on_image": on_image or (lambda n: None)}
+    reader = Reader(extract, device, batch_size, seed, count, on_image or (lambda n: None))
     views = views_of(data, settings)
 
     @lru_cache(maxsize=views if views < settings.epochs else 1)
     def view(number: int) -> Labelled:
-        return _features(extract, train, number, count, **made)
+        return reader.read(train, number)
 
     head = fit_head(lambda epoch: view(epoch % views), classes, settings, seed=seed, device=device)
     numbers = {f"train_{name}": value for name, value in judge_head(head, view((settings.epochs - 1) % views)).items()}
-    numbers = judge_head(head, _features(extract, judged, 0, count, **made)) | numbers
+    numbers = judge_head(head, reader.read(judged, 0)) | numbers
     protocol = {
         "data": facts_of(data, split or data.val_split, judged, _limit(judged, count)),
         "train": facts_of(data, data.train_split, train, _limit(train, count)),
@@ -112,29 +113,30 @@ def _classes(train: ImageDataset, judged: ImageDataset) -> int:
     return len(train.classes)
 
 
-@torch.no_grad()
-def _features(
-    extract: Extract,
-    images: ImageDataset,
-    view: int,
-    count: int | None,
-    *,
-    batch_size: int,
-    seed: int,
-    device: torch.device,
-    on_image: Advance,
-) -> Labelled:
-    """Features of one view (the augmentation of epoch `view`) of the first `count` images, in order."""
-    total = _limit(images, count)
-    stream = Stream(images, batch_size=min(batch_size, total), seed=seed, shuffle=False)
-    steps = stream.batches(view * len(images))
-    features, labels = [], []
-    for number, (batch,) in enumerate(islice(steps, math.ceil(total / stream.batch_size))):
-        wanted = slice(total - number * stream.batch_size)  # the last batch reaches into the next epoch
-        features.append(extract(to_image(batch["image"][wanted].to(device))).float().cpu())
-        labels.append(batch["label"][wanted])
-        on_image(len(labels[-1]))
-    return torch.cat(features), torch.cat(labels)
+@dataclass(frozen=True)
+class Reader:
+    """Reads features off images: see the arguments of `linear_probe`."""
+
+    extract: Extract
+    device: torch.device
+    batch_size: int
+    seed: int
+    count: int | None
+    on_image: Advance
+
+    @torch.no_grad()
+    def read(self, images: ImageDataset, view: int) -> Labelled:
+        """Features of one view (the augmentation of epoch `view`) of the first `count` images, in order."""
+        total = _limit(images, self.count)
+        stream = Stream(images, batch_size=min(self.batch_size, total), seed=self.seed, shuffle=False)
+        steps = islice(stream.batches(view * len(images)), math.ceil(total / stream.batch_size))
+        features, labels = [], []
+        for number, (batch,) in enumerate(steps):
+            wanted = slice(total - number * stream.batch_size)  # the last batch reaches into the next epoch
+            features.append(self.extract(to_image(batch["image"][wanted].to(self.device))).float().cpu())
+            labels.append(batch["label"][wanted])
+            self.on_image(len(labels[-1]))
+        return torch.cat(features), torch.cat(labels)
 
 
 def fit_head(

@@ -24,7 +24,7 @@ from ..models.open import OpenedGenerator, open_generator
 from ..models.tokenizers.base import Tokenizer
 from ..models.tokenizers.losses import LPIPS
 from .console import say, table
-from .features import ClassifierFeatures, load_features
+from .features import ClassifierFeatures, features_place, load_features
 from .generation import evaluate_generation, gaussian_of
 from .images import count_samples, load_samples
 from .probe import images_seen, linear_probe
@@ -43,13 +43,23 @@ def evaluate(composed: Composed) -> int:
         raise UserError("no such file or folder", where=target, fix="point at a run, a model, an .npz or a folder of images")
     device = pick_device(config.strategy.accelerator)
     task = Task(config, composed.plain.get("sampling") or {}, target, device)
-    folder = Path(config.out) if config.out else (task.run / "evaluation" if task.run else target.parent / "evaluation")
+    folder = Path(config.out) if config.out else evaluation_folder(target)
     check_place(folder)
     result = task.result()
     path = result.save(folder / f"{result.name}-{content_id({**result.protocol, **result.subject})}.json")
     say(table(f"{target}: {result.name}, protocol {result.protocol_id}", result.numbers))
     say(f"written to {path}")
     return 0
+
+
+def run_of(target: Path) -> Path | None:
+    """The run folder that `target` is or lies in."""
+    return next((folder for folder in [target, *target.parents] if (folder / "config.yaml").is_file()), None)
+
+
+def evaluation_folder(target: Path) -> Path:
+    """Where results about `target` go: into its run, or beside it."""
+    return (run_of(target) or target.parent) / "evaluation"
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,7 @@ class Task:
     @property
     def run(self) -> Path | None:
         """The run folder that the target is or lies in."""
-        return next((folder for folder in [self.target, *self.target.parents] if (folder / "config.yaml").is_file()), None)
+        return run_of(self.target)
 
     def result(self) -> Result:
         """Measure."""
@@ -188,10 +198,8 @@ class Task:
 
     def _features_path(self) -> Path | None:
         """Where the weights of the features lie; a classifier may be named by its run."""
-        path = self.config.features.path or (self.config.judge if self.config.features.name == "classifier" else None)
-        if path is None:
-            return None
-        return locate_model(Path(path)) if self.config.features.name == "classifier" else Path(path)
+        features = self.config.features
+        return features_place(features.name, features.path or (self.config.judge if features.name == "classifier" else None))
 
 
 def _is_images(target: Path) -> bool:

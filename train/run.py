@@ -27,7 +27,11 @@ from .strategy import Network, Workers
 
 def train(stage: str, overrides: Sequence[str]) -> int:
     """Run a training stage; returns the exit code (0 done, 75 stopped by a signal after saving, 130 by Ctrl-C)."""
-    composed = compose(stage, overrides)
+    return start(compose(stage, overrides))
+
+
+def start(composed: Composed) -> int:
+    """Run a training stage whose config is checked; returns the exit code."""
     workers = Workers(composed.typed.strategy)
     workers.launch()
     stop = StopFlag()
@@ -104,7 +108,8 @@ def _initialise(path: Path, networks: dict[str, Network]) -> None:
     from ..models.build import load_model, locate_model
 
     network = next(iter(networks.values()))
-    weights = load_model(locate_model(path), trusted=True).state_dict()
-    checkpoint.copy_weights(network, weights, where=path)
+    model = load_model(locate_model(path), trusted=True)
+    weights = model.state_dict()
+    checkpoint.copy_weights(network, weights, where=path, family=type(model).__name__)
     if network.ema is not None:
         network.ema.load(weights)

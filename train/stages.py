@@ -59,7 +59,8 @@ def build_generator(config: GeneratorRun, workers: Workers) -> Built:
     _check_labels(train)
     layout = TokenLayout.from_dict(train.layout) if isinstance(train, CodeDataset) else _layout_of(tokenizer, config.data)
     stream = layout.streams[0]
-    shape = {"grid": stream.grid} if stream.grid else {"n_tokens": layout.total_tokens}
+    single = len(layout.streams) == 1 and stream.grid is not None
+    shape = {"grid": stream.grid} if single else {"n_tokens": layout.total_tokens}
     known = {"vocab_size": layout.vocab_size, "num_classes": len(train.classes), **shape}
     facts = {"layout": layout.to_dict(), "classes": train.classes, "tokenizer": origin}
     stage = GeneratorStage(config, fill(config.generator, known), tokenizer, facts)
