@@ -117,5 +117,5 @@ class AdaptiveDecoder(ConvDecoder):
         style = statistics(z)
         h = self.middle(self.conv_in(z))
         for norm, level in zip(self.adaptive, self.levels, strict=True):
-            h = level(norm(h, *style))
+            h = level(norm(h, *style).contiguous())  # see `DepthToSpace`; the first level's may come from a quantizer
         return self.conv_out(F.silu(self.norm_out(h)))
