@@ -195,6 +195,10 @@ MISTAKES: dict[str, tuple[Mistake, ...]] = {
         Mistake(
             "an image size that the stride does not divide", "tokar train tokenizer experiment=digits_vqgan data.image_size=36"
         ),
+        Mistake(
+            "an image size that TiTok's patches do not fill",
+            "tokar train tokenizer tokenizer=titok data=digits data.image_size=36 loop.duration=1 loop.batch_size=2",
+        ),
         Mistake("tokenizer and data of two sizes", "tokar train tokenizer experiment=digits_vqgan tokenizer.image_size=64"),
         Mistake("a folder without shards, looked at", "tokar data inspect datasets"),
         Mistake("a folder that is not there, verified", "tokar data verify datasets/digit"),
@@ -501,6 +505,16 @@ MISTAKES: dict[str, tuple[Mistake, ...]] = {
             both(
                 run("tokar convert runs/gen t2i.safetensors --family llamagen_gpt"),
                 add_key("t2i.safetensors", "cls_embedding.cap_proj.fc1.weight"),
+            ),
+        ),
+        Mistake(
+            "a TiTok without codes",
+            "tokar convert vae.safetensors",
+            tensors(
+                "vae.safetensors",
+                latent_tokens=(2, 8),
+                encoder__latent_token_positional_embedding=(2, 8),
+                decoder__latent_token_positional_embedding=(2, 8),
             ),
         ),
         Mistake("a file that is no parity file", "tokar parity w.safetensors", tensors("w.safetensors", a=(2,))),
