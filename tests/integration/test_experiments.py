@@ -30,6 +30,8 @@ CUT = {
         "tokenizer.token_encoder.heads=2", "tokenizer.token_decoder.width=32", "tokenizer.token_decoder.layers=1",
         "tokenizer.token_decoder.heads=2", "losses.adversarial_start=0",
     ],
+    "ibq": ["tokenizer.encoder.width=32", "tokenizer.quantizer.codebook_size=64"],
+    "magvit2": ["tokenizer.encoder.width=32"],
     "llamagen_b": ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32"],
 }  # fmt: skip
 """By the beginning of a name: what makes a recipe small while its shape, losses and optimizers stay."""
