@@ -51,6 +51,30 @@ def test_downsample_pads_right_and_bottom():
     assert torch.equal(down(x), x[..., ::2, ::2])
 
 
+def test_downsample_pads_all_sides_where_asked():
+    torch.manual_seed(0)
+    down, x = Downsample(2, all_sides=True), torch.randn(1, 2, 4, 6)
+    expected = F.conv2d(F.pad(x, (1, 1, 1, 1)), down.conv.weight, down.conv.bias, stride=2)
+    torch.testing.assert_close(down(x), expected)
+    assert expected.shape == (1, 2, 2, 3)
+
+
+def test_open_magvit2s_switches():
+    sizes = SMALL | {"blocks": 2, "middle_blocks": 3, "bias": False}
+    encoder, decoder = ConvEncoder(**sizes, pad_all_sides=True, kernel_out=1), ConvDecoder(**sizes)
+    for half in (encoder, decoder):
+        assert [type(part) for part in half.middle] == [ResBlock, Attention, ResBlock, ResBlock]
+        blocks = [module for module in half.modules() if isinstance(module, ResBlock)]
+        assert {name for block in blocks for name, _ in block.named_parameters()} == {
+            "norm1.weight", "norm1.bias", "conv1.weight", "norm2.weight", "norm2.bias", "conv2.weight", "shortcut.weight",
+        }  # fmt: skip
+    assert encoder.conv_in.bias is None
+    assert decoder.conv_in.bias is not None
+    assert encoder.conv_out.weight.shape[2:] == (1, 1)
+    assert [level.resample.conv.padding for level in encoder.levels[:-1]] == [(1, 1), (1, 1)]
+    assert decoder(encoder(torch.randn(1, 3, 16, 8))).shape == (1, 3, 16, 8)
+
+
 def test_upsample_equals_repeating_pixels_and_convolving():
     torch.manual_seed(0)
     up, x = Upsample(2), torch.randn(1, 2, 3, 4, requires_grad=True)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from tokar.errors import UserError
 from tokar.models.tokenizers.conv import ConvDecoder, ConvEncoder
-from tokar.models.tokenizers.quantizers import VectorQuantizer
+from tokar.models.tokenizers.quantizers import LFQ, VectorQuantizer
 from tokar.models.tokenizers.vqgan import VQGAN
 
 SMALL = {"width": 8, "multipliers": (1, 2), "blocks": 1, "z_channels": 6, "norm_groups": 4}
@@ -36,6 +36,21 @@ def test_codes_are_in_raster_order(model):
     codes = torch.arange(24)[None]
     embedded = model.embed(codes)
     assert torch.equal(embedded[0, :, 1, 2], model.quantizer.codes()[1 * 6 + 2])
+
+
+def test_without_projections_the_latent_is_quantized_as_it_is():
+    torch.manual_seed(0)
+    model = VQGAN(ConvEncoder(**SMALL), ConvDecoder(**SMALL), LFQ(6), image_size=8, project=False).eval()
+    image = torch.rand(2, 3, 8, 8) * 2 - 1
+    output = model(image)
+    assert torch.equal(output.z_before, model.encoder(image))
+    assert torch.equal(output.z_quantized, torch.where(output.z_before > 0, 1.0, -1.0))
+    assert torch.equal(model.decode(output.codes), output.reconstruction)
+    assert not any("quant_conv" in name for name in model.state_dict())
+    with pytest.raises(
+        ValueError, match="z_channels is 6, but the quantizer's width is 5; make them equal, or set project=true"
+    ):
+        VQGAN(ConvEncoder(**SMALL), ConvDecoder(**SMALL), LFQ(5), image_size=8, project=False)
 
 
 def test_other_sizes_encode_and_decode_by_their_grid(model):
