@@ -163,9 +163,9 @@ class ProxyHead(nn.Module):
     1x1 convolution to `2W` – tanh – 1x1 convolution to `V` logits – softmax over the proxy codebook – decoder.
 
     Args:
+        decoder: paints latents of `Z` channels.
         width: `W`, that of the token decoder.
         codebook_size: number of proxy codes `V`.
-        decoder: paints latents of `Z` channels.
     """
 
     def __init__(self, decoder: MaskGITDecoder, width: PositiveInt = 768, codebook_size: PositiveInt = 1024) -> None:
