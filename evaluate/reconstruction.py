@@ -247,10 +247,11 @@ def evaluate_tokenizer(
         tokenizer.train(was_training)
     if across_ranks:
         score = merge_ranks(score)
-    return Result("reconstruction", score.numbers(), _protocol(score, rounded, data or {}), dict(subject or {}))
+    return Result("reconstruction", score.numbers(), protocol_of(score, rounded, data or {}), dict(subject or {}))
 
 
-def _protocol(score: ReconstructionScore, rounded: bool, data: Mapping[str, Any]) -> dict[str, Any]:
+def protocol_of(score: ReconstructionScore, rounded: bool, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes two scores comparable: the images, the rounding, and how each metric is taken."""
     protocol: dict[str, Any] = {
         "data": dict(data),
         "count": score.count,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from ..models.open import OpenedGenerator, open_generator
 from ..models.tokenizers.base import Tokenizer
 from ..models.tokenizers.losses import LPIPS
 from .console import say, table
-from .features import ClassifierFeatures, features_place, load_features
+from .features import ClassifierFeatures, FeatureNet, features_place, load_features
 from .generation import evaluate_generation, gaussian_of
 from .images import count_samples, load_samples
+from .prefixes import evaluate_prefixes, prefixes_of
 from .probe import images_seen, linear_probe
 from .probe_features import generator_features, token_features
 from .protocol import Result, content_id
@@ -47,6 +48,8 @@ def evaluate(composed: Composed) -> int:
     check_place(folder)
     result = task.result()
     path = result.save(folder / f"{result.name}-{content_id({**result.protocol, **result.subject})}.json")
+    for name, draw in task.pictures.items():
+        say(f"drawn in {draw(path.with_name(f'{path.stem}_{name}.png'))}")
     say(table(f"{target}: {result.name}, protocol {result.protocol_id}", result.numbers))
     say(f"written to {path}")
     return 0
@@ -64,12 +67,13 @@ def evaluation_folder(target: Path) -> Path:
 
 @dataclass(frozen=True)
 class Task:
-    """One evaluation: what is measured, against what, where."""
+    """One evaluation: what is measured, against what, where. `pictures` are drawn beside the result, by name."""
 
     config: Evaluate
     sampling: Mapping[str, Any]
     target: Path
     device: torch.device
+    pictures: dict[str, Callable[[Path], Path]] = field(default_factory=dict)
 
     @property
     def run(self) -> Path | None:
@@ -89,9 +93,14 @@ class Task:
             "weights": weights_hash(model)[:16],
             "ema": self.config.ema,
         }
+        if self.config.measure != "quality" and (self.config.probe or not isinstance(model, Tokenizer)):
+            what = "a probe" if self.config.probe else f"a {type(model).__name__}"
+            raise UserError(f"not for {what}", where=f"measure={self.config.measure}", fix="leave it out")
         if self.config.probe:
             return self._probe(self.config.probe, model, subject)
         match model:
+            case Tokenizer() if self.config.measure == "prefixes":
+                return self._prefixes(model, subject)
             case Tokenizer():
                 return self._reconstruction(model, subject)
             case Generator():
@@ -131,14 +140,29 @@ class Task:
     def _reconstruction(self, tokenizer: Tokenizer, subject: dict[str, Any]) -> Result:
         split = self.config.split or self._data.val_split
         batches, count, facts = reference_batches(self._data, split, self.config.batch_size, self.config.count)
-        network = (
-            load_features(self.config.features.name, self._features_path(), self.device) if self._features_path() else None
-        )
-        perceptual = LPIPS(self.config.lpips_weights).to(self.device) if self.config.lpips_weights else None
+        network, perceptual = self._judges()
         with progress_bar(None, count, "reconstructing") as advance:
             return evaluate_tokenizer(
                 tokenizer, batches, network=network, perceptual=perceptual, data=facts, subject=subject, on_batch=advance
             )
+
+    def _prefixes(self, tokenizer: Tokenizer, subject: dict[str, Any]) -> Result:
+        prefixes_of(tokenizer)  # refused before anything is read
+        split = self.config.split or self._data.val_split
+        batches, count, facts = reference_batches(self._data, split, self.config.batch_size, self.config.count)
+        network, perceptual = self._judges()
+        with progress_bar(None, count, "reconstructing") as advance:
+            measured = evaluate_prefixes(
+                tokenizer, batches, network=network, perceptual=perceptual, data=facts, subject=subject, on_batch=advance
+            )
+        self.pictures.update(curves=measured.draw_curves, images=measured.draw_images)
+        return measured.result
+
+    def _judges(self) -> tuple[FeatureNet | None, LPIPS | None]:
+        """The feature network and the perceptual distance, where they are given."""
+        place = self._features_path()
+        network = load_features(self.config.features.name, place, self.device) if place else None
+        return network, LPIPS(self.config.lpips_weights).to(self.device) if self.config.lpips_weights else None
 
     def _samples(self, subject: dict[str, Any]) -> Result:
         opened = self._opened_generator()

@@ -1,4 +1,4 @@
-"""Both probes by the command line, on small tokenizers of real digits, of every kind of layout."""
+"""Both probes and the curves over prefixes by the command line, on small tokenizers of real digits, of every kind of layout."""
 
 import json
 
@@ -23,7 +23,18 @@ def place(start, tmp_path_factory):
     return folder
 
 
-def train(start, folder, kind):
+@pytest.fixture(scope="module")
+def train(start, place):
+    """Trains a tokenizer of a kind, once; returns its run folder."""
+
+    def once(kind):
+        folder = place / "runs" / kind
+        return folder if folder.exists() else train_tokenizer(start, place, kind)
+
+    return once
+
+
+def train_tokenizer(start, folder, kind):
     group, keys = KINDS[kind]
     more = ["tokenizer/quantizer=residual"] if kind == "residual" else []
     overrides = [f"name={kind}", group, *more, "data=digits", "discriminator=null", *(f"tokenizer.{key}" for key in keys)]
@@ -37,8 +48,8 @@ def results(run, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vqgan", "residual", "multiscale", "gigatok"])
-def test_probes(start, place, kind):
-    run = train(start, place, kind)
+def test_probes(start, place, train, kind):
+    run = train(kind)
     ran(start, place, "evaluate", f"runs/{kind}", "probe=linear", "probe.epochs=3", "count=100", "strategy.accelerator=cpu")
     (linear,) = results(run, "linear_probe")
     assert 0 <= linear["numbers"]["accuracy"] <= 1
@@ -72,3 +83,36 @@ def test_what_cannot_be_probed_is_told_in_a_line(start, place):
     assert "--count: 0 samples" in ran(start, place, "probe", "runs/judge", "--count", "0", code=2)
     said = ran(start, place, "evaluate", "runs/judge", "probe=linear", code=2)
     assert "probe a tokenizer or a generator" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "tokens"), [("residual", [16, 32, 48, 64]), ("multiscale", [1, 5, 21])])
+def test_an_image_builds_up(start, place, train, kind, tokens):
+    run = train(kind)
+    command = ["evaluate", f"runs/{kind}", "count=20", "strategy.accelerator=cpu", "features.path=runs/judge"]
+    ran(start, place, *command, "measure=prefixes")
+    (found,) = results(run, "prefixes")
+    for metric in ("psnr", "ssim", "mse", "fd_classifier"):
+        assert [f"first {k}/{metric}" for k in tokens] == [key for key in found["numbers"] if key.endswith("/" + metric)]
+    assert (
+        len(list(run.glob("evaluation/prefixes-*_curves.png"))) == len(list(run.glob("evaluation/prefixes-*_images.png"))) == 1
+    )
+
+    ran(start, place, *command)
+    (whole,) = results(run, "reconstruction")
+    for metric in ("psnr", "fd_classifier"):
+        assert whole["numbers"][metric] == pytest.approx(found["numbers"][f"first {tokens[-1]}/{metric}"], rel=1e-4)
+    streams = (
+        [f"codebook/scale{k}" for k in range(3)] if kind == "multiscale" else [f"codebook/patch_level{k}" for k in range(4)]
+    )
+    assert all(0 < whole["numbers"][f"{name}_usage"] <= 1 <= whole["numbers"][f"{name}_perplexity"] for name in streams)
+    assert whole["protocol"]["data"]["split"] == "val"
+    assert whole["protocol"]["reference"] == "the same images, uint8"
+    assert whole["protocol"]["reconstruction"].startswith("uint8, ")
+
+
+@pytest.mark.slow
+def test_a_tokenizer_of_one_grid_has_no_prefixes(start, place, train):
+    train("vqgan")
+    said = ran(start, place, "evaluate", "runs/vqgan", "measure=prefixes", code=2)
+    assert "cannot decode a prefix of its raster tokens" in said

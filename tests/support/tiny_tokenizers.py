@@ -10,7 +10,7 @@ KINDS = {
     "vqgan": ("tokenizer=vqgan", [*WIDTH, *CODES]),
     "residual": ("tokenizer=vqgan", [*WIDTH, *LEVELS]),
     "multiscale": ("tokenizer=multiscale_small", [*WIDTH, *CODES, "quantizer.scales=[1,2,4]"]),
-    "flexvar": ("tokenizer=flexvar_small", [*WIDTH, *CODES, "scales=[1,2,4]", "drawn_scales=0"]),
+    "flexvar": ("tokenizer=flexvar_small", [*WIDTH, *CODES, "scales=[2,4]", "drawn_scales=0"]),
     "gigatok": (
         "tokenizer=gigatok",
         ["encoder.width=32", "encoder.multipliers=[1,1,1,1]", "encoder.z_channels=32", "encoder.blocks=1", "decoder.blocks=1",

@@ -96,8 +96,12 @@ class ResidualQuantizer(_Composed):
         Raises:
             UserError: an index is not one of its codebook's.
         """
-        codes = [level.embed(part) for (_, level), part in zip(self._each(), self._split(indices), strict=True)]
-        return _sum([code * self.shrink**depth for depth, code in enumerate(codes)])
+        return self.embed_levels(indices, len(self.parts))
+
+    def embed_levels(self, indices: Tensor, levels: int) -> Tensor:
+        """What the first `levels` levels make of indices `[B, S, *]` of all: a coarser latent `[B, D, *]` in float32."""
+        parts = zip(self._each()[:levels], self._split(indices), strict=False)
+        return _sum([level.embed(part) * self.shrink**depth for depth, ((_, level), part) in enumerate(parts)])
 
 
 class ProductQuantizer(_Composed):

@@ -112,6 +112,8 @@ def test_a_tokenizer_is_measured_on_what_a_file_would_hold(network, images):
     assert result.protocol["count"] == sum(seen) == 23
     assert result.protocol["features"] == network.protocol()
     assert result.protocol["data"] == {"name": "noise"}
+    assert result.protocol["reference"] == "the same images, uint8"  # so rFID is validation against validation
+    assert result.protocol["reconstruction"] == "uint8, clamp(round_half_up((x + 1) * 127.5), 0, 255)"
 
 
 def test_the_mode_is_put_back(images):
