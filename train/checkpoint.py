@@ -181,7 +181,7 @@ def restore(saved: Saved, networks: Mapping[str, Network]) -> dict[str, Tensor]:
     _check_networks(saved.path, set(networks))
     for name, network in networks.items():
         folder = saved.path / name
-        copy_weights(network, read_weights(folder / WEIGHTS_NAME), where=folder)
+        copy_weights(network, read_weights(folder / WEIGHTS_NAME), where=folder, family=_family(folder))
         if network.ema is not None:
             network.ema.load(_tensors(folder / EMA_NAME, network))
         import_state(network.optimizer, network.module, _tensors(folder / OPTIM_NAME, network), where=folder)
@@ -204,10 +204,28 @@ def _tensors(path: Path, network: Network) -> dict[str, Tensor]:
     return read_weights(path)
 
 
+def _family(folder: Path) -> str:
+    """Name of the class that a model folder holds."""
+    return str(json.loads((folder / CONFIG_NAME).read_text())["model"]["_target_"]).rpartition(".")[2]
+
+
 @torch.no_grad()
-def copy_weights(network: Network, weights: Mapping[str, Tensor], *, where: object) -> None:
-    """Copy weights in place: the wrapper, the optimizer and the compiled graph hold these very tensors."""
-    own = network.module.state_dict()
+def copy_weights(network: Network, weights: Mapping[str, Tensor], *, where: object, family: str) -> None:
+    """Copy weights in place: the wrapper, the optimizer and the compiled graph hold these very tensors.
+
+    Args:
+        network: what they are copied into.
+        weights: by name.
+        where: they come from.
+        family: name of the class that they are of.
+
+    Raises:
+        UserError: they are another family's, or do not fit.
+    """
+    own, wanted = network.module.state_dict(), type(network.module).__name__
+    if family != wanted and own.keys() != weights.keys():
+        fix = "take one of the same family, or the config of the run that it comes from"
+        raise UserError(f"holds weights of {family}, this run trains {wanted}", where=where, fix=fix)
     check_fit(network.module, weights, where=where)
     for key, value in own.items():
         value.copy_(weights[key])

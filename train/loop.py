@@ -29,6 +29,8 @@ from .strategy import Network, Workers
 COLLAPSED, SETTLED = 0.02, 100
 """A codebook is called collapsed when, from step `SETTLED` on, less than this share of it is used between two logs."""
 
+DIVERGED = "lower optim.lr or optim.clip, or look for bad images; the last checkpoint is sound"
+
 
 @dataclass
 class Fit:
@@ -125,7 +127,7 @@ class Fit:
             raise UserError(
                 f"the loss is {values['train/loss']} at step {self.clock.step}",
                 where=self.folder,
-                fix="lower optim.lr or optim.clip, or look for bad images; the last checkpoint is sound",
+                fix=DIVERGED,
             )
         for name, value in values.items():
             if name.endswith("/usage") and value < COLLAPSED and self.clock.step >= SETTLED and name not in self.told:
@@ -158,6 +160,7 @@ class Fit:
             self.wandb.write_picture(self.clock, name, path)
 
     def _save(self) -> None:
+        self._check_weights()
         self.metrics.sync()
         state = {
             "step": self.clock.step, "samples": self.clock.samples, "seed": self.seed, "world": self.workers.world,
@@ -168,6 +171,18 @@ class Fit:
             checkpoint.save(folder, self.networks, self.meters.sums, state)
             checkpoint.prune(folder, self.loop.keep, self._kept)
         self.workers.barrier()
+
+    def _check_weights(self) -> None:
+        """Weights that are no numbers are not saved, so that the checkpoints before them stay the newest.
+
+        Raises:
+            UserError: some are not finite.
+        """
+        found = [name for name, network in self.networks.items() if self.workers.any(not _finite(network.module))]
+        if found:
+            raise UserError(
+                f"the {found[0]}'s weights are not finite at step {self.clock.step}", where=self.folder, fix=DIVERGED
+            )
 
     def _kept(self, step: int) -> bool:
         every = self.loop.keep_every
@@ -189,3 +204,9 @@ class Fit:
             yield
         for name, network in self.networks.items():
             network.module.train(modes[name])
+
+
+def _finite(module: torch.nn.Module) -> bool:
+    """All parameters are finite: read off their norms, in one synchronisation."""
+    norms = torch._foreach_norm([parameter.detach() for parameter in module.parameters()])
+    return bool(torch.stack(norms).isfinite().all())

@@ -20,6 +20,7 @@ from ..models.tokenizers.base import Tokenizer
 from ..models.tokenizers.layout import TokenLayout
 from .classifier import ClassifierStage
 from .generator import GeneratorStage
+from .rehearsal import rehearse
 from .stage import Stage
 from .strategy import Workers
 from .tokenizer import TokenizerStage
@@ -37,7 +38,9 @@ class Built:
 def build_tokenizer(config: TokenizerRun, workers: Workers) -> Built:
     """Images in, images out."""
     stage = TokenizerStage(config)
-    _check_image_size(config.data.image_size, stage.tokenizer.layout)
+    side = config.data.image_size
+    _check_image_size(side, stage.tokenizer.layout)
+    rehearse(stage.rehearse, [item.module for item in stage.trainables.values()], (2, 3, side, side))
     return _built(config, workers, stage, *image_splits(config.data))
 
 

@@ -76,6 +76,22 @@ class TokenizerStage:
         observed |= self._discriminator_step(adversary, image, reconstruction.detach().float(), clock)
         return {"loss": total(losses), **losses, **observed, **self._histograms(output)}
 
+    def rehearse(self, image: Tensor) -> None:
+        """Whatever a step puts images through, without gradients.
+
+        Args:
+            image: `[B, 3, H, W]`.
+
+        Raises:
+            UserError: parts that do not fit each other or the image.
+        """
+        output: TokenizerOutput = self.tokenizer(image, auxiliary=True)
+        assert output.reconstruction is not None
+        self._fidelity(output.reconstruction, image)
+        self._side_losses(output, image)
+        if "discriminator" in self.trainables:
+            self.trainables["discriminator"].module(output.reconstruction)
+
     def _fidelity(self, reconstruction: Tensor, image: Tensor) -> dict[str, Tensor]:
         """Weighted losses that compare the reconstruction with the image."""
         distance = reconstruction_loss(reconstruction.float(), image, self.losses.reconstruction)

@@ -105,12 +105,21 @@ MISTAKES: dict[str, tuple[Mistake, ...]] = {
         Mistake("LPIPS without weights", f"{CHECK} {VQGAN} losses.perceptual_weight=1"),
         Mistake("LPIPS weights that are not there", f"{CHECK} {VQGAN} losses.perceptual_weight=1 losses.lpips_weights=vgg.pt"),
         Mistake("an adaptive weight without discriminator", f"{CHECK} {VQGAN} discriminator=null losses.adaptive=true"),
+        Mistake("ConvNeXt's logits without ConvNeXt", f"{CHECK} {VQGAN} losses.convnext_weight=0.1"),
+        Mistake("LeCam without discriminator", f"{CHECK} {VQGAN} discriminator=null losses.lecam_weight=0.1"),
         Mistake("more micro-batches than samples", f"{CHECK} {VQGAN} loop.batch_size=4 loop.accumulate=8"),
         Mistake("codes from nowhere", f"{CHECK} {LLAMAGEN} codes.path=null"),
         Mistake("heads that do not divide the width", "tokar train generator experiment=digits_llamagen generator.heads=3"),
         Mistake(
             "encoder and decoder that do not meet",
             "tokar train tokenizer experiment=digits_vqgan tokenizer.decoder.multipliers=[1,2]",
+        ),
+        Mistake(
+            "a discriminator too deep for the images", "tokar train tokenizer experiment=digits_vqgan discriminator.layers=4"
+        ),
+        Mistake(
+            "a teacher for a tokenizer without semantic features",
+            "tokar train tokenizer experiment=digits_vqgan semantic=classifier semantic.teacher.path=runs/judge",
         ),
         Mistake("a speed that is not measured", "tokar bench loaders"),
     ),
@@ -271,6 +280,7 @@ MISTAKES: dict[str, tuple[Mistake, ...]] = {
             f"{NEW_TOKENIZER} resume_from=runs/tok discriminator=null",
             makes=("runs/new/",),
         ),
+        Mistake("a learning rate far too high", f"{NEW_TOKENIZER} optim.lr=1e9", makes=("runs/new/",)),
         Mistake("no room for a checkpoint", NEW_TOKENIZER, no_room(1_000_000), makes=("runs/new/",)),
         Mistake("init_from wrong shapes", f"{NEW_TOKENIZER} init_from=runs/tok {SMALLER}", makes=("runs/new/",)),
         Mistake("init_from another kind of model", f"{NEW_TOKENIZER} init_from=runs/gen", makes=("runs/new/",)),

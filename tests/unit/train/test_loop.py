@@ -1,6 +1,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tokar.errors import UserError
 from tokar.train.clock import Clock
 from tokar.train.loop import Fit
@@ -37,3 +38,14 @@ def test_a_codebook_may_settle_first():
     said = []
     Fit._check(loop(said, step=40), {"train/loss": 1.0, "train/codes/usage": 0.004})
     assert said == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_not_saved(make_network, workers, value):
+    network = make_network()
+    fit = SimpleNamespace(**vars(loop([])), workers=workers, networks={"tokenizer": network})
+    Fit._check_weights(fit)
+    with torch.no_grad():
+        network.module[0].weight[0, 0] = value
+    with pytest.raises(UserError, match=r"runs/x: the tokenizer's weights are not finite at step 140; lower optim\.lr"):
+        Fit._check_weights(fit)
