@@ -32,3 +32,15 @@ def test_what_cannot_be_measured_is_told(start, digits, tmp_path):
     command = start(tmp_path, "bench", "sampelr", f"data.path={digits}", *SMALL)
     assert command.wait() == 2
     assert "did you mean 'sampler'?" in command.log.read_text()
+
+
+def test_another_tokenizer_is_measured_as_it_is(start, digits, tmp_path):
+    sizes = [
+        f"tokenizer.token_{half}.{size}" for half in ("encoder", "decoder") for size in ("width=32", "layers=1", "heads=2")
+    ]
+    more = ["seconds=0.1", "batch_size=2", "strategy.accelerator=cpu", "discriminator.layers=1", "out=bench.json"]
+    command = start(tmp_path, "bench", "tokenizer", "tokenizer=titok", f"data.path={digits}", *sizes, *more)
+    assert command.wait() == 0, command.log.read_text()
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert written["config"]["tokenizer"]["quantizer"]["codebook_size"] == 8192
+    assert written["rows"]["tokenizer"]["memory_mib"] > 0
