@@ -327,8 +327,8 @@ class Evaluate(Node):
     stage: Literal["evaluate"]
     paths: Paths
     target: Text = Field(description="a run, an exported model, an npz or a folder of images")
-    measure: Literal["quality", "prefixes"] = Field(
-        "quality", description="of a tokenizer also: images from the first tokens alone"
+    measure: Literal["quality", "prefixes", "crops"] = Field(
+        "quality", description="of a tokenizer also: images from the first tokens alone; details and text, for the report"
     )
     probe: Probe | None = Field(None, description="probe=linear: measure how much of the class the tokens tell")
     data: Data | None = None

@@ -24,6 +24,7 @@ from ..models.open import OpenedGenerator, open_generator
 from ..models.tokenizers.base import Tokenizer
 from ..models.tokenizers.losses import LPIPS
 from .console import say, table
+from .crops import LOOKED_AT, evaluate_crops
 from .features import ClassifierFeatures, FeatureNet, features_place, load_features
 from .generation import evaluate_generation, gaussian_of
 from .images import count_samples, load_samples
@@ -101,6 +102,8 @@ class Task:
         match model:
             case Tokenizer() if self.config.measure == "prefixes":
                 return self._prefixes(model, subject)
+            case Tokenizer() if self.config.measure == "crops":
+                return self._crops(model, subject)
             case Tokenizer():
                 return self._reconstruction(model, subject)
             case Generator():
@@ -157,6 +160,15 @@ class Task:
             )
         self.pictures.update(curves=measured.draw_curves, images=measured.draw_images)
         return measured.result
+
+    def _crops(self, tokenizer: Tokenizer, subject: dict[str, Any]) -> Result:
+        split = self.config.split or self._data.val_split
+        limit = self.config.count or LOOKED_AT
+        batches, count, facts = reference_batches(self._data, split, self.config.batch_size, limit)
+        with progress_bar(None, count, "looking for details") as advance:
+            crops = evaluate_crops(tokenizer, batches, data=facts, subject=subject, on_batch=advance)
+        self.pictures["crops"] = crops.draw
+        return crops.result
 
     def _judges(self) -> tuple[FeatureNet | None, LPIPS | None]:
         """The feature network and the perceptual distance, where they are given."""

@@ -11,7 +11,7 @@ from string import Template
 from typing import Any
 
 from ..protocol import versions, write_whole
-from . import curves, pictures, tables
+from . import crops, curves, pictures, tables
 from .markup import Markup, join, tag
 from .names import label, rank
 from .runs import Run, read_runs
@@ -47,6 +47,7 @@ def page(runs: Sequence[Run]) -> str:
     sections = {
         "Results": tables.results(runs),
         "Curves": _curves(runs, charts),
+        "Details": crops.side_by_side(runs),
         "Images": _images(runs),
         "Configuration": join([tables.config_differences(runs), tables.configs(runs)]),
         "Environment": tables.environment(runs),
@@ -167,7 +168,7 @@ def _flipbook(run: Run, name: str, items: Sequence[tuple[str, Path]]) -> Markup:
             uri, size = pictures.embed(path)
             shown.append({"step": step, "src": uri, "size": size})
         except OSError:
-            run.notes.append(f"samples/{path.name} left out: no readable image")
+            run.notes.append(f"{path.parent.name}/{path.name} left out: no readable image")
     if not shown:
         return Markup("")
     last = shown[-1]

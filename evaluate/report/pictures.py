@@ -47,13 +47,14 @@ def embed(path: Path) -> tuple[str, tuple[int, int]]:
         image.load()
         size = image.size
         if len(content) <= LARGE_BYTES:
-            return _uri("png", content), size
+            return uri("png", content), size
         flat = Image.new("RGB", size, (128, 128, 128))
         flat.paste(image, mask=image.getchannel("A") if image.mode == "RGBA" else None)
     buffer = io.BytesIO()
     flat.save(buffer, format="JPEG", quality=92)
-    return _uri("jpeg", buffer.getvalue()), size
+    return uri("jpeg", buffer.getvalue()), size
 
 
-def _uri(kind: str, content: bytes) -> str:
+def uri(kind: str, content: bytes) -> str:
+    """The bytes of an image as a data URI."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

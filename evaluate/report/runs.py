@@ -34,7 +34,7 @@ class Run:
         metrics: rows of deterministic values, one for each logged step.
         timing: rows of speeds.
         results: evaluation files with their names, oldest first.
-        pictures: files of `samples/`.
+        pictures: files of `samples/`, and those drawn by evaluations.
         notes: what could not be read, one line each; shown on the page.
     """
 
@@ -93,6 +93,7 @@ def read_run(folder: Path) -> Run:
         except UserError as error:
             run.notes.append(f"evaluation/{path.name} left out: {error.what}")
     run.pictures = sorted(folder.glob("samples/*.png"))
+    run.pictures += [path for path in sorted(folder.glob("evaluation/*.png")) if not path.stem.endswith("_crops")]
     return run
 
 

@@ -116,3 +116,17 @@ def test_a_tokenizer_of_one_grid_has_no_prefixes(start, place, train):
     train("vqgan")
     said = ran(start, place, "evaluate", "runs/vqgan", "measure=prefixes", code=2)
     assert "cannot decode a prefix of its raster tokens" in said
+
+
+@pytest.mark.slow
+def test_details_of_several_tokenizers_stand_in_one_report(start, place, train):
+    for kind in ("vqgan", "multiscale"):
+        run = train(kind)
+        ran(start, place, "evaluate", f"runs/{kind}", "measure=crops", "count=64", "strategy.accelerator=cpu")
+        (found,) = results(run, "crops")
+        assert found["protocol"]["count"] == 64
+    ran(start, place, "report", "runs/vqgan", "runs/multiscale", "--out", "both.html")
+    page = (place / "both.html").read_text()
+    assert page.count('class="plain crops"') == 1
+    said = ran(start, place, "evaluate", "runs/judge", "measure=crops", code=2)
+    assert "measure=crops: not for a Classifier" in said
