@@ -157,15 +157,20 @@ class TokenizerStage:
         return {**losses, "logits_real": real.mean(), "logits_fake": fake.mean()}
 
     def _histograms(self, output: TokenizerOutput) -> dict[str, Tensor]:
-        """How often each code was used, for every stream of the layout that has a codebook of its own, or a scale."""
+        """How often each code was used: `codes`, or `codes_<stream>` where the layout has several streams.
+
+        Scales share one codebook: there is both, and `codes` is their sum.
+        """
         streams = self.tokenizer.layout.streams
         parts = output.codes.split([stream.n_tokens for stream in streams], dim=1)
-        return {
-            "codes" if len(streams) == 1 else f"codes_{stream.name}": torch.bincount(
-                part.flatten(), minlength=stream.vocab_size
-            )
+        found = {
+            f"codes_{stream.name}": torch.bincount(part.flatten(), minlength=stream.vocab_size)
             for stream, part in zip(streams, parts, strict=True)
         }
+        if len(streams) == 1:
+            return {"codes": next(iter(found.values()))}
+        shared = all(stream.scale is not None for stream in streams)
+        return found | ({"codes": torch.stack(list(found.values())).sum(0)} if shared else {})
 
     def evaluate(self, batch: Batch, networks: Networks) -> dict[str, Tensor]:
         """PSNR (dB) and SSIM of reconstructions rounded to uint8, and the codes used."""

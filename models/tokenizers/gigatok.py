@@ -115,11 +115,8 @@ class GigaTok(Tokenizer):
         rows, columns = self.token_encoder.size_out
         kind = self.token_encoder.kind
         name, grid, stride = ("patch", (rows, columns), self.encoder.stride) if kind == "raster" else ("token", None, 0)
-        streams = (
-            Stream(stream.name or name, rows * columns, stream.codebook_size, stream.dim, grid)
-            for stream in self.quantizer.streams
-        )
-        return TokenLayout(kind, tuple(streams), size, stride)
+        stream = Stream(name, rows * columns, self.quantizer.codebook_size, self.quantizer.dim, grid)
+        return TokenLayout(kind, (stream,), size, stride).parallel(self.quantizer.streams)
 
     def encode(self, image: Tensor) -> TokenizerOutput:
         """Codes `[B, N]` and latents `[B, D, 1, N]` (2-D: `[B, D, h, w]`) of images `[B, 3, H, W]` in [-1, 1].

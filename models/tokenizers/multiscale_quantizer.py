@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ...ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
 from .quantizers import Quantized, nearest_code
 from .quantizers.base import straight_through
-from .quantizers.ranks import gather_over_ranks, ranks, sum_over_ranks
+from .quantizers.codebook import draw
+from .quantizers.ranks import sum_over_ranks
 
 Grid = tuple[int, int]
 
@@ -209,18 +210,14 @@ class MultiScaleQuantizer(nn.Module):
         hit = torch.zeros_like(self.steps_unused)
         for row, part in zip(hit, codes, strict=True):
             row.index_fill_(0, part.flatten(), 1)
-        share = -(-self.codebook_size // ranks())
-        candidates = gather_over_ranks(_draw_rows(residuals, share)).transpose(0, 1).flatten(0, 1)[: self.codebook_size]
+        candidates = _draw_evenly(residuals, self.codebook_size)
         self.steps_unused.add_(1).mul_(sum_over_ranks(hit) == 0)
         dead = self.steps_unused.amin(0) >= self.restart_after
         self.codebook.copy_(torch.where(dead[:, None], candidates.to(self.codebook), self.codebook))
         self.steps_unused.masked_fill_(dead, 0)
 
 
-def _draw_rows(parts: Sequence[Tensor], count: int) -> Tensor:
-    """Rows `[count, D]` of `[B, n, D]` parts: for each a part drawn evenly, then any of its rows."""
-    rows = torch.cat([part.flatten(0, 1) for part in parts])
-    sizes = torch.tensor([part.shape[0] * part.shape[1] for part in parts], device=rows.device)
-    part = torch.randint(len(parts), (count,), device=rows.device)
-    within = (torch.rand(count, device=rows.device, dtype=torch.float64) * sizes[part]).long()
-    return rows[(sizes.cumsum(0) - sizes)[part] + within]
+def _draw_evenly(parts: Sequence[Tensor], count: int) -> Tensor:
+    """Rows `[count, D]` of `[B, n, D]` parts over all ranks, from each part in turn: as many of a short one as of a long."""
+    share = -(-count // len(parts))
+    return torch.stack([draw(part.flatten(0, 1), share) for part in parts], dim=1).flatten(0, 1)[:count]

@@ -244,6 +244,19 @@ def test_losses_without_what_they_need_are_refused(overrides, line):
         compose("tokenizer", [*small, "data=digits", *overrides])
 
 
+def test_scales_are_counted_alone_and_together(workers, batch):
+    small = [override for override in SMALL if "tokenizer." not in override]
+    own = ["tokenizer=multiscale_small", "tokenizer.encoder.width=32", "tokenizer.encoder.multipliers=[1,1]",
+           "tokenizer.quantizer.scales=[1,2,8]", "tokenizer.quantizer.codebook_size=16"]  # fmt: skip
+    stage = TokenizerStage(compose("tokenizer", [*small, *own]).typed)
+    metrics = stage.step(batch, Clock(5, 0, 10, 4, 100), workers.wrap(stage.trainables, None))
+    counts = {name: value for name, value in metrics.items() if name.startswith("codes")}
+    assert {name: value.sum().item() for name, value in counts.items()} == {
+        "codes_scale0": 4, "codes_scale1": 16, "codes_scale2": 256, "codes": 276,
+    }  # fmt: skip
+    assert torch.equal(counts["codes"], sum(counts[f"codes_scale{k}"] for k in range(3)))
+
+
 def test_the_last_layer_must_be_a_convolution():
     with pytest.raises(ValueError, match=r"not a Conv2d; set losses\.adaptive=false"):
         LastLayer(nn.Linear(3, 3))
