@@ -10,6 +10,10 @@ LABELS = {
     "fd_inception": "FID",
     "fd_dinov2": "FD-DINOv2",
     "fd_classifier": "FD, classifier",
+    "bits_per_token": "bits / token",
+    "bits_per_image": "bits / image",
+    "top5_accuracy": "top-5 accuracy",
+    "train_top5_accuracy": "train top-5 accuracy",
     "lr": "learning rate",
     "lr_factor": "learning rate factor",
     "memory_mib": "memory, MiB",
@@ -19,7 +23,7 @@ LABELS = {
     "step_ms": "step, ms",
     "data_wait": "data wait",
 }
-LOWER = ("fd_", "lpips", "mse", "loss", "error", "data_wait", "step_ms")
+LOWER = ("fd_", "lpips", "mse", "loss", "error", "cross_entropy", "bits_per", "data_wait", "step_ms")
 TELLING = ("psnr", "accuracy", "fd_", "ssim", "usage", "loss")
 HIGHER = ("psnr", "ssim", "accuracy", "usage", "perplexity", "images_per_s")
 

@@ -17,6 +17,8 @@ from .names import label, rank
 from .runs import Run, read_runs
 
 HEADLINES = 3
+PARTIAL = ("crops", "prefixes")
+"""Results that say little in one number."""
 ENLARGED = 480
 
 
@@ -93,7 +95,8 @@ def _card(run: Run) -> Markup:
 
 def _headlines(run: Run) -> list[tuple[str, float]]:
     """The most telling numbers of the last evaluation, else of validation."""
-    found: dict[str, float] = dict(run.results[-1][1].numbers) if run.results else {}
+    whole = [result for _, result in run.results if result.name not in PARTIAL]
+    found: dict[str, float] = dict(whole[-1].numbers) if whole else {}
     for row in [] if found else run.metrics:
         found |= {
             key.partition("/")[2]: value for key, value in row.items() if key.startswith("val/") and isinstance(value, float)

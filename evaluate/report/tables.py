@@ -70,7 +70,7 @@ def _kind(kind: str, entries: Sequence[Entry]) -> Markup:
     table = tag("table", tag("thead", tag("tr", *head)), tag("tbody", *rows), class_="results")
     return tag(
         "section",
-        tag("h3", kind.replace("_", " ")),
+        tag("h3", kind.replace("_", " ").replace("ar probe", "AR probe")),
         warning,
         tag("div", table, class_="scroll"),
         *(_protocol(name, protocols) for name in protocols),

@@ -1,9 +1,12 @@
+import os
+
 import pytest
 import torch
 from PIL import Image
 from tiny_tokenizers import tiny
 from tokar.errors import UserError
 from tokar.evaluate.crops import DETAILS, busiest, crop_side, detail_energy, evaluate_crops, text_images
+from tokar.evaluate.protocol import Result
 from tokar.evaluate.report import write_report
 from tokar.evaluate.report.runs import read_run
 
@@ -86,6 +89,16 @@ def test_the_report_shows_tokenizers_side_by_side(tmp_path):
     assert section.count('width="128"') == 36  # 16 pixels, each eight times as large
     for crops in made.values():
         assert f"{crops.result.numbers['text 2/psnr']:.2f} dB" in section
+
+
+def test_the_headline_of_a_run_is_no_crop(tmp_path):
+    run_of(tmp_path / "vqgan", "vqgan")
+    Result("linear_probe", {"accuracy": 0.625, "cross_entropy": 1.0}, {}).save(tmp_path / "vqgan" / "evaluation" / "a.json")
+    os.utime(tmp_path / "vqgan" / "evaluation" / "a.json", (0, 0))
+    page = write_report([tmp_path / "vqgan"], tmp_path / "report.html").read_text()
+    card = page[page.index('class="card"') :]
+    assert "0.625" in card[: card.index("</article>")]
+    assert "Detail" not in card[: card.index("</article>")]
 
 
 def test_crops_without_their_picture_are_told(tmp_path, capsys):
