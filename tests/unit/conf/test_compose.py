@@ -166,6 +166,8 @@ def test_every_experiment_composes_for_the_stage_it_names(root, tmp_path):
             own.append("semantic.teacher.path=somewhere")
         if "override /discriminator: dino" in text:
             own.append("discriminator.path=somewhere")
+        if "convnext_weight" in text:
+            own.append("losses.convnext_path=somewhere")
         assert compose(stage, [f"experiment={name}", *own]).typed.experiment == name
 
 
