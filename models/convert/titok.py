@@ -63,9 +63,11 @@ class TiTok(Family):
     def config_from(self, shapes: Shapes, config: Mapping[str, Any]) -> Node:
         """Sizes from the shapes; the head tells whether the weights are legacy ones, and so l2 normalisation and the reshape.
 
+        The quantizer clusters where the weights hold its count of use, as the trainer's do and those for inference do not.
+
         Args:
             shapes: of the original state.
-            config: theirs, whole or its `vq_model` alone. It adds β, `use_l2_norm` and `clustering_vq`.
+            config: theirs, whole or its `vq_model` alone. It adds β and `use_l2_norm`.
 
         Raises:
             UserError: no codebook, a decoder that needs text or proxy codes from elsewhere, or a contradiction.
