@@ -27,9 +27,9 @@ from ..models.tokenizers.layout import TokenLayout
 from .bench_quantizer import bench_quantizer
 from .clock import Clock
 from .folder import code_state
-from .logging import memory
+from .logging import forget_peak, memory
 from .randomness import seed_step
-from .stages import fill
+from .stages import check_image_size, fill
 from .strategy import Network, Trainable, Workers
 from .tokenizer import TokenizerStage
 
@@ -47,6 +47,7 @@ def bench(whats: Sequence[str], overrides: Sequence[str]) -> int:
     check_place(path.parent)
     rows: dict[str, Row] = {}
     for what in whats or BENCHES:
+        forget_peak(workers.device)
         measured = BENCHES[what](config, workers)
         rows[what] = {**measured, **memory(workers.device)}
         say(table(what, rows[what]))
@@ -71,12 +72,15 @@ def bench_loader(config: Bench, workers: Workers) -> Row:
 def bench_tokenizer(config: Bench, workers: Workers) -> Row:
     """Training steps of tokenizer and discriminator on random images."""
     stage = TokenizerStage(config)
+    check_image_size(config.data.image_size, stage.tokenizer.layout)
+    for module in stage.frozen:
+        module.to(workers.device)
     networks = workers.wrap(stage.trainables, None)
     size = (config.batch_size, config.data.image_size, config.data.image_size, 3)
     batch = {"image": torch.randint(0, 256, size, dtype=torch.uint8, device=workers.device)}
     clock = Clock(10**9, 0, 2 * 10**9, config.batch_size, 10**6)  # past every start step
     rate = _rate(lambda: _train_step(stage.step, batch, clock, networks), config.seconds, workers.device)
-    return {"steps_per_s": rate, "images_per_s": rate * config.batch_size}
+    return {"step_ms": 1000 / rate, "steps_per_s": rate, "images_per_s": rate * config.batch_size}
 
 
 def bench_generator(config: Bench, workers: Workers) -> Row:

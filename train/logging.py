@@ -6,8 +6,10 @@ the very same bytes as one that was never stopped; what depends on the machine (
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import resource
 import secrets
 import time
@@ -30,11 +32,12 @@ class Meters:
     """Weighted sums of metrics on the device over the steps since the last log; no synchronisation until they are read.
 
     A scalar is averaged. A vector is a histogram of codes: it becomes its usage (share of codes used) and its
-    perplexity exp(-Σ p log p).
+    perplexity exp(-Σ p log p). How much of the codebook so few tokens could have used at most is in `reach`.
     """
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
+        self.reach: dict[str, float] = {}
 
     @torch.no_grad()
     def add(self, metrics: Mapping[str, Tensor], weight: float) -> None:
@@ -52,6 +55,7 @@ class Meters:
             total = reduce(total)
             if key.endswith("#"):
                 usage, perplexity = usage_and_perplexity(total)
+                self.reach[f"{key[:-1]}/usage"] = min(1.0, float(total.sum()) / len(total))
                 found |= {f"{key[:-1]}/usage": usage, f"{key[:-1]}/perplexity": perplexity}
             else:
                 found[key] = float(total[0] / total[1])
@@ -163,10 +167,21 @@ class Stopwatch:
         return values
 
 
+def forget_peak(device: torch.device) -> None:
+    """Let `memory` begin anew from what is in use now; where the system cannot, it goes on from the process's start."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def memory(device: torch.device) -> dict[str, float]:
     """Peak memory in MiB: of the GPU, or of the process."""
     if device.type == "cuda":
         return {"memory_mib": torch.cuda.max_memory_allocated(device) / 2**20}
+    status = Path("/proc/self/status")
+    if status.exists() and (peak := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return {"memory_mib": int(peak[1]) / 1024}
     return {"memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 

@@ -27,7 +27,8 @@ from .stage import Batch, Stage
 from .strategy import Network, Workers
 
 COLLAPSED, SETTLED = 0.02, 100
-"""A codebook is called collapsed when, from step `SETTLED` on, less than this share of it is used between two logs."""
+"""A codebook is called collapsed when, from step `SETTLED` on, the tokens between two logs use less than this share of it,
+or, where they are fewer than it has codes (a coarse scale), less than this share of what they could."""
 
 DIVERGED = "lower optim.lr or optim.clip, or look for bad images; the last checkpoint is sound"
 
@@ -129,8 +130,9 @@ class Fit:
                 where=self.folder,
                 fix=DIVERGED,
             )
-        for name, value in values.items():
-            if name.endswith("/usage") and value < COLLAPSED and self.clock.step >= SETTLED and name not in self.told:
+        for name, reach in self.meters.reach.items():
+            value = values.get(name, 1.0)
+            if value < COLLAPSED * reach and self.clock.step >= SETTLED and name not in self.told:
                 self.told.add(name)
                 self.progress.say(f"warning: {name} is {value:.4f} at step {self.clock.step}: the codebook has collapsed; "
                                   "try tokenizer.quantizer.restart_after=100 or a lower optim.lr")  # fmt: skip

@@ -39,7 +39,7 @@ def build_tokenizer(config: TokenizerRun, workers: Workers) -> Built:
     """Images in, images out."""
     stage = TokenizerStage(config)
     side = config.data.image_size
-    _check_image_size(side, stage.tokenizer.layout)
+    check_image_size(side, stage.tokenizer.layout)
     rehearse(stage.rehearse, [item.module for item in stage.trainables.values()], (2, 3, side, side))
     return _built(config, workers, stage, *image_splits(config.data))
 
@@ -116,7 +116,7 @@ def _code_splits(config: GeneratorRun, tokenizer: Tokenizer | None) -> tuple[Cod
 def _layout_of(tokenizer: Tokenizer | None, data: Data) -> TokenLayout:
     if tokenizer is None:
         raise UserError("no tokenizer to encode the images with", where="codes.tokenizer", fix="give a tokenizer run")
-    _check_image_size(data.image_size, tokenizer.layout)
+    check_image_size(data.image_size, tokenizer.layout)
     return tokenizer.layout
 
 
@@ -127,7 +127,12 @@ def _check_labels(data: ImageDataset | CodeDataset) -> None:
         )
 
 
-def _check_image_size(image_size: int, layout: TokenLayout) -> None:
+def check_image_size(image_size: int, layout: TokenLayout) -> None:
+    """Images must have the size that the layout describes.
+
+    Raises:
+        UserError: they have another.
+    """
     if layout.image_size != (image_size, image_size):
         height, width = layout.image_size
         raise UserError(

@@ -7,9 +7,13 @@ from tokar.train.clock import Clock
 from tokar.train.loop import Fit
 
 
-def loop(said, step=140):
+def loop(said, step=140, reach=1.0):
     return SimpleNamespace(
-        clock=Clock(step, 320, 200, 8, 100), folder="runs/x", told=set(), progress=SimpleNamespace(say=said.append)
+        meters=SimpleNamespace(reach={"train/codes/usage": reach}),
+        clock=Clock(step, 320, 200, 8, 100),
+        folder="runs/x",
+        told=set(),
+        progress=SimpleNamespace(say=said.append),
     )
 
 
@@ -32,6 +36,14 @@ def test_a_codebook_in_use_is_not_told():
     said = []
     Fit._check(loop(said), {"train/loss": 1.0, "train/codes/usage": 0.5})
     assert said == []
+
+
+def test_a_scale_of_few_tokens_is_measured_by_what_it_could_use():
+    said = []
+    Fit._check(loop(said, reach=0.1), {"train/loss": 1.0, "train/codes/usage": 0.004})
+    assert said == []
+    Fit._check(loop(said, reach=0.1), {"train/loss": 1.0, "train/codes/usage": 0.001})
+    assert len(said) == 1
 
 
 def test_a_codebook_may_settle_first():
