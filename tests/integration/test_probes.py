@@ -47,7 +47,7 @@ def results(run, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["vqgan", "residual", "multiscale", "gigatok"])
+@pytest.mark.parametrize("kind", ["vqgan", "residual", "multiscale", "gigatok", "titok"])
 def test_probes(start, place, train, kind):
     run = train(kind)
     ran(start, place, "evaluate", f"runs/{kind}", "probe=linear", "probe.epochs=3", "count=100", "strategy.accelerator=cpu")
@@ -59,7 +59,7 @@ def test_probes(start, place, train, kind):
     probe = ["probe", f"runs/{kind}", *SHORT, *small, "--features", "runs/judge", "--count", "12"]
     said = ran(start, place, *probe)
     (found,) = results(run, "ar_probe")
-    tokens = {"vqgan": 16, "residual": 64, "multiscale": 21, "gigatok": 16}[kind]
+    tokens = {"vqgan": 16, "residual": 64, "multiscale": 21, "gigatok": 16, "titok": 16}[kind]
     assert found["numbers"]["bits_per_image"] == pytest.approx(found["numbers"]["bits_per_token"] * tokens)
     assert 0 < found["numbers"]["bits_per_token"] < 6  # 4 bits and what four steps of training may err
     assert found["numbers"]["fd_classifier"] > 0

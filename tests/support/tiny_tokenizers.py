@@ -17,6 +17,10 @@ KINDS = {
          *VIT, *CODES, "token_encoder.tokens=16", "token_encoder.patch=8", "token_decoder.tokens=16", "token_decoder.patch=8",
          "semantic.depth=1"],
     ),
+    "titok": (
+        "tokenizer=titok",
+        [*VIT, *CODES, "token_encoder.tokens=16", "token_encoder.patch=8", "token_decoder.tokens=16", "token_decoder.patch=8"],
+    ),
 }  # fmt: skip
 
 

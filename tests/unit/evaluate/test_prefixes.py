@@ -95,7 +95,7 @@ def test_prefixes_are_whole_scales_and_do_not_see_what_follows():
             assert torch.equal(one.decode(codes), one.decode(other))
 
 
-@pytest.mark.parametrize("kind", ["vqgan", "gigatok"])
+@pytest.mark.parametrize("kind", ["vqgan", "gigatok", "titok"])
 def test_others_are_refused(kind):
     with pytest.raises(UserError, match=r"cannot decode a prefix of its (raster|sequence) tokens; measure a multi-scale"):
         prefixes_of(tiny(kind))

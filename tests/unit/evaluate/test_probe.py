@@ -83,10 +83,10 @@ def probed(data, extract, settings=SHORT, **more):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_tokens_of_every_kind_tell_classes(bars, kind):
-    plain = bars.model_copy(update={"flip": False})
-    result = probed(plain, token_features(tiny(kind), "encoder", "concat"), subject={"target": kind})
+    plain, tokenizer = bars.model_copy(update={"flip": False}), tiny(kind)
+    result = probed(plain, token_features(tokenizer, "encoder", "concat"), subject={"target": kind})
     assert result.numbers["accuracy"] > (0.9 if kind != "gigatok" else 0.4)  # its queries, with random weights, blur the image
-    assert result.subject == {"target": kind, "width": 512, "probe_seed": 0}
+    assert result.subject == {"target": kind, "width": tokenizer.quant_conv.in_channels * 16, "probe_seed": 0}
     assert result.protocol["train"]["images"] == 60
     assert result.protocol["count"] == 24
     assert result.protocol["augmentation"] == {"crop": "center", "flip": False, "views": 1}
