@@ -20,7 +20,7 @@ def complete(line):
         ("tokar --v", ["--version"]),
         ("tokar train tokenizer --m", ["--multirun"]),
         ("tokar train tokenizer exp", ["experiment="]),
-        ("tokar train classifier experiment=", ["experiment=digits_classifier"]),
+        ("tokar train classifier experiment=", ["experiment=cifar10_classifier", "experiment=digits_classifier"]),
         ("tokar train classifier optim.l", ["optim.lr="]),
         ("tokar train classifier +optim.l", ["+optim.lr="]),
         ("tokar train classifier op", ["optim.", "optim="]),
