@@ -164,7 +164,7 @@ class GigaTokFamily(Family):
         cnn.check_against(config, {"out_inner_dim": last[0]})
         width = _shape(shapes, f"{self.prefixes[1]}.ln_post.weight")[0]
         depth = config.get("distill_depth") or _DISTILL_DEPTH
-        return {"_target_": f"{cnn.MODELS}.gigatok.ProjectionHead", "width": width, "dim": last[0], "depth": depth}
+        return {"_target_": f"{cnn.MODELS}.semantic.ProjectionHead", "width": width, "dim": last[0], "depth": depth}
 
 
 class GigaTok1D(GigaTokFamily):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from .layout import TokenLayout
+from .semantic import ProjectionHead
 
 
 @dataclass
@@ -42,6 +43,12 @@ class Tokenizer(nn.Module, ABC):
     """A network that turns an image into integer codes and codes into an image."""
 
     layout: TokenLayout
+    semantic: ProjectionHead | None
+    """Projects `semantic_feature` to a teacher's width while training; published weights have none but GigaTok's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.semantic = None
 
     @abstractmethod
     def encode(self, image: Tensor) -> TokenizerOutput:
@@ -58,6 +65,10 @@ class Tokenizer(nn.Module, ABC):
     @abstractmethod
     def last_layer(self) -> nn.Module:
         """The layer that writes the pixels: its weight scales the adaptive GAN loss."""
+
+    def semantic_feature(self, output: TokenizerOutput) -> Tensor:
+        """What `semantic` projects, `[B, T, W]`: the quantized latent, one feature for each place."""
+        return output.z_quantized.flatten(2).transpose(1, 2)
 
     def decode_partial(self, codes: Tensor, k: int) -> Tensor:
         """Images from the first `k` tokens alone.
@@ -78,5 +89,7 @@ class Tokenizer(nn.Module, ABC):
                 tokenizer has it.
         """
         output = self.encode(image)
+        if self.semantic is not None:
+            output.semantic = self.semantic(self.semantic_feature(output))
         output.reconstruction = self.decode(output.z_quantized)
         return output

@@ -18,30 +18,8 @@ from .conv import ConvDecoder, ConvEncoder
 from .latent_transformers import LatentTransformer
 from .layout import Stream, TokenLayout
 from .quantizers import Quantizer
+from .semantic import ProjectionHead
 from .vit import init_truncated
-
-_HEAD_RATIO = 4
-
-
-class ProjectionHead(nn.Module):
-    """Features of a transformer layer to a teacher's width: `Linear(W, 4W)` – SiLU – `Linear(4W, 4W)` – SiLU – `Linear(4W, C)`.
-
-    Args:
-        width: `W`, that of the decoder's transformer.
-        dim: `C`; 768 for DINOv2 ViT-B.
-        depth: layer whose output is projected, counted from 1.
-    """
-
-    def __init__(self, width: PositiveInt, dim: PositiveInt = 768, depth: PositiveInt = 3) -> None:
-        super().__init__()
-        self.width, self.depth, hidden = width, depth, _HEAD_RATIO * width
-        self.mlp = nn.Sequential(
-            nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, dim)
-        )
-
-    def forward(self, features: Tensor) -> Tensor:
-        """`[B, P, W]` to `[B, P, C]`."""
-        return self.mlp(features)
 
 
 class GigaTok(Tokenizer):

@@ -20,6 +20,7 @@ from .conv import ConvDecoder, ConvEncoder, check_halves
 from .layout import Stream, TokenLayout
 from .multiscale_quantizer import Grid, MultiScaleQuantizer
 from .quantizers import Quantizer
+from .semantic import ProjectionHead, check_head
 
 
 class MultiScaleTokenizer(Tokenizer):
@@ -171,6 +172,7 @@ class MultiScaleVQ(MultiScaleTokenizer):
         quantizer: the pyramid.
         image_size: side, or height and width, in pixels; checked against the finest scale.
         kernel: side of the convolutions before and after the quantizer (VAR: 3).
+        semantic: projects the quantized latent to a teacher's width, only for training; `None`: left out.
 
     Raises:
         ValueError: the parts do not fit each other, or not the image.
@@ -183,9 +185,11 @@ class MultiScaleVQ(MultiScaleTokenizer):
         quantizer: MultiScaleQuantizer,
         image_size: PositiveInt | Sequence[PositiveInt] | None = None,
         kernel: PositiveInt = 3,
+        semantic: ProjectionHead | None = None,
     ) -> None:
+        check_head(semantic, quantizer.dim)
         super().__init__(encoder, decoder, quantizer, quantizer.grids, image_size, kernel)
-        self.quantizer = quantizer
+        self.quantizer, self.semantic = quantizer, semantic
 
     def encode(self, image: Tensor) -> TokenizerOutput:
         """Codes `[B, N]` and latents `[B, D, h, w]` of images `[B, 3, H, W]` in [-1, 1]."""

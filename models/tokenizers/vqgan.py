@@ -16,6 +16,7 @@ from .base import Tokenizer, TokenizerOutput
 from .conv import ConvDecoder, ConvEncoder, check_halves
 from .layout import TokenLayout, raster_layout
 from .quantizers import Quantizer
+from .semantic import ProjectionHead, check_head
 
 
 class VQGAN(Tokenizer):
@@ -28,6 +29,7 @@ class VQGAN(Tokenizer):
         image_size: side, or height and width, of the images that the layout describes; others whose sides are
             multiples of the stride can be encoded too.
         project: false leaves the 1x1 convolutions out (Open-MAGVIT2): the encoder's latent is quantized as it is.
+        semantic: projects the quantized latent to a teacher's width, only for training; `None`: left out.
 
     Raises:
         ValueError: encoder, decoder and quantizer do not fit each other, or the image size does not fit the stride.
@@ -40,6 +42,7 @@ class VQGAN(Tokenizer):
         quantizer: Quantizer,
         image_size: PositiveInt | Sequence[PositiveInt] = 256,
         project: bool = True,
+        semantic: ProjectionHead | None = None,
     ) -> None:
         super().__init__()
         check_halves(encoder, decoder)
@@ -48,7 +51,8 @@ class VQGAN(Tokenizer):
                 f"z_channels is {encoder.z_channels}, but the quantizer's width is {quantizer.dim}; "
                 "make them equal, or set project=true"
             )
-        self.encoder, self.decoder, self.quantizer = encoder, decoder, quantizer
+        check_head(semantic, quantizer.dim)
+        self.encoder, self.decoder, self.quantizer, self.semantic = encoder, decoder, quantizer, semantic
         self.stride = encoder.stride
         self.quant_conv = nn.Conv2d(encoder.z_channels, quantizer.dim, 1) if project else nn.Identity()
         self.post_quant_conv = nn.Conv2d(quantizer.dim, decoder.z_channels, 1) if project else nn.Identity()

@@ -279,7 +279,7 @@ def random_original(family, *, cnn, common, first, second, decoder="adaptive.Ada
         "quantizer": {"_target_": f"{names}.quantizers.VectorQuantizer", "codebook_size": 60, "dim": 4},
         "token_decoder": {"_target_": f"{names}.latent_transformers.{classes[1]}", **common, **second},
         "decoder": {"_target_": f"{names}.{decoder}", **cnn, **(extras or {})},
-        "semantic": semantic and {"_target_": f"{names}.gigatok.ProjectionHead", **semantic},
+        "semantic": semantic and {"_target_": f"{names}.semantic.ProjectionHead", **semantic},
         "image_size": common["image_size"],
     }
     with torch.device("meta"):

@@ -4,9 +4,10 @@ from tokar.errors import UserError
 from tokar.models.build import build, load_model, save_model
 from tokar.models.tokenizers.adaptive import AdaptiveDecoder
 from tokar.models.tokenizers.conv import ConvEncoder
-from tokar.models.tokenizers.gigatok import GigaTok, ProjectionHead
+from tokar.models.tokenizers.gigatok import GigaTok
 from tokar.models.tokenizers.latent_transformers import GridTransformer, TokenDecoder, TokenEncoder
 from tokar.models.tokenizers.quantizers import VectorQuantizer
+from tokar.models.tokenizers.semantic import ProjectionHead
 from tokar.models.tokenizers.vit import MultiHeadAttention
 
 CNN = {"width": 8, "multipliers": (1, 2), "blocks": 1, "z_channels": 6, "norm_groups": 4, "attention": False}

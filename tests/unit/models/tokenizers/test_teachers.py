@@ -9,7 +9,7 @@ from tokar.conf.signature import check_components
 from tokar.errors import UserError
 from tokar.models.build import build, load_model, save_model
 from tokar.models.classifier import Classifier
-from tokar.models.tokenizers.gigatok import ProjectionHead
+from tokar.models.tokenizers.semantic import ProjectionHead
 from tokar.models.tokenizers.teachers import (
     ClassifierTeacher,
     ClipTeacher,
@@ -225,7 +225,7 @@ def test_a_size_between_patches_is_refused(tmp_path):
 
 
 def test_only_a_classifier_teaches_as_one(tmp_path):
-    node = {"_target_": "tokar.models.tokenizers.gigatok.ProjectionHead", "width": 2, "dim": 3}
+    node = {"_target_": "tokar.models.tokenizers.semantic.ProjectionHead", "width": 2, "dim": 3}
     save_model(tmp_path, node, ProjectionHead(2, 3).state_dict())
     assert isinstance(load_model(tmp_path), ProjectionHead)
     with pytest.raises(UserError, match="holds a ProjectionHead, no classifier"):
