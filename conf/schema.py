@@ -375,8 +375,8 @@ SCHEMAS: dict[str, type[Node]] = {
 }
 FILLED: dict[str, frozenset[str]] = {
     "tokenizer": frozenset(),
-    "generator": frozenset({"vocab_size", "num_classes", "grid", "n_tokens"}),
+    "generator": frozenset({"vocab_size", "num_classes", "grid", "n_tokens", "grids", "embed_dim"}),
     "classifier": frozenset({"image_size", "num_classes"}),
-    "bench": frozenset({"vocab_size", "num_classes", "grid", "n_tokens"}),
+    "bench": frozenset({"vocab_size", "num_classes", "grid", "n_tokens", "grids", "embed_dim"}),
 }
 """Constructor arguments that a stage reads off its data and tokenizer, so configs leave them out."""

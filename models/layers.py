@@ -56,6 +56,31 @@ class SwiGLU(nn.Module):
         return F.dropout(self.down(F.silu(gate) * up), self.dropout, self.training)
 
 
+class GELUFeedForward(nn.Module):
+    """Feed-forward `down(gelu(up x))`, GELU by its tanh approximation.
+
+    Args:
+        dim: width `C`.
+        hidden: width `F`.
+        bias: of both layers.
+        dropout: rate after `down`.
+    """
+
+    def __init__(self, dim: int, hidden: int, bias: bool = True, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(dim, hidden, bias=bias), nn.Linear(hidden, dim, bias=bias)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., C]` to `[..., C]`."""
+        return F.dropout(self.down(F.gelu(self.up(x), approximate="tanh")), self.dropout, self.training)
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """`x·(1 + scale) + shift` of adaptive layer norm."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
     """Stochastic depth: zero the whole branch `[B, ...]` of a sample at `rate`, scale the others up."""
     if not training or rate == 0.0:

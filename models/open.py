@@ -65,4 +65,6 @@ def open_generator(path: Path, *, tokenizer: Path | None = None, ema: bool = Tru
     if place is None or not place.exists():
         known = f"its tokenizer {place} is not here" if place else "it does not say which tokenizer made its codes"
         raise UserError(known, where=path, fix="give the place of the tokenizer with decode_with=…")
-    return OpenedGenerator(generator, open_tokenizer(place, expected_hash=origin.get("hash")), facts)
+    opened = open_tokenizer(place, expected_hash=origin.get("hash"))
+    generator.bind(opened)
+    return OpenedGenerator(generator, opened, facts)

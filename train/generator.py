@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..conf.schema import GeneratorRun
 from ..data.stream import to_image, to_uint8
+from ..errors import UserError
 from ..models.build import build
 from ..models.generators.base import Generator
 from ..models.samplers.decode import choices_for, sample
@@ -35,6 +36,14 @@ class GeneratorStage:
     def __init__(self, config: GeneratorRun, node: dict[str, Any], tokenizer: Tokenizer | None, facts: dict[str, Any]) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.generator: Generator = build(node)
+        if tokenizer is not None:
+            self.generator.bind(tokenizer)
+        elif self.generator.needs_tokenizer:
+            raise UserError(
+                f"a {type(self.generator).__name__} looks at reconstructions of its tokenizer, which is not here",
+                where="codes.tokenizer",
+                fix="give the run of the tokenizer that made the codes",
+            )
         drawn = config.sampling.model_dump(include={"guidance", "temperature", "top_k", "top_p", "greedy"})
         choices_for(self.generator.plan, **drawn)  # else a mistake in them would stop the run at its first picture
         self.trainables = {"generator": Trainable(self.generator, node, config.optim, facts=facts)}

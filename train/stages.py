@@ -61,10 +61,7 @@ def build_generator(config: GeneratorRun, workers: Workers) -> Built:
     train, validate = _code_splits(config, tokenizer) if config.codes.path else image_splits(config.data)
     _check_labels(train)
     layout = TokenLayout.from_dict(train.layout) if isinstance(train, CodeDataset) else _layout_of(tokenizer, config.data)
-    stream = layout.streams[0]
-    single = len(layout.streams) == 1 and stream.grid is not None
-    shape = {"grid": stream.grid} if single else {"n_tokens": layout.total_tokens}
-    known = {"vocab_size": layout.vocab_size, "num_classes": len(train.classes), **shape}
+    known = {"num_classes": len(train.classes), **sizes_of(layout)}
     facts = {"layout": layout.to_dict(), "classes": train.classes, "tokenizer": origin}
     stage = GeneratorStage(config, fill(config.generator, known), tokenizer, facts)
     stage.generator.plan.check(layout)
@@ -87,6 +84,17 @@ def fill(node: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """A component node completed with what the layout and the data decide, where its constructor asks for it."""
     wanted = inspect.signature(resolve_target(node["_target_"])).parameters
     return {**node, **{name: value for name, value in known.items() if name in wanted and name not in node}}
+
+
+def sizes_of(layout: TokenLayout) -> dict[str, Any]:
+    """What a layout decides about a generator of its codes, by the names of constructor arguments."""
+    first, *others = layout.streams
+    sizes: dict[str, Any] = {"vocab_size": layout.vocab_size, "embed_dim": first.embed_dim}
+    if layout.kind == "multiscale":
+        sizes["grids"] = [stream.grid for stream in layout.streams]
+    if first.grid is not None and not others:
+        return {**sizes, "grid": first.grid}
+    return {**sizes, "n_tokens": layout.total_tokens}
 
 
 def find_tokenizer(config: GeneratorRun) -> tuple[Tokenizer | None, dict[str, Any]]:

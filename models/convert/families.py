@@ -18,6 +18,7 @@ _FAMILIES = {
     "gigatok_1d": "gigatok.GigaTok1D",
     "gigatok_2d": "gigatok.GigaTok2D",
     "var_vqvae": "var.VARVQVAE",
+    "var": "var_gpt.VARGPT",
     "open_magvit2": "seed_voken.OpenMAGVIT2",
     "ibq": "seed_voken.IBQTokenizer",
     "titok": "titok.TiTok",

@@ -53,6 +53,10 @@ class Family(ABC):
     def to_theirs(self, state: Mapping[str, Tensor]) -> State:
         """The original's state dict, complete, from ours."""
 
+    def finish(self, theirs: State, node: Node) -> State:
+        """The original's state dict with what follows from the sizes alone: buffers that its strict loading asks for."""
+        return theirs
+
     @abstractmethod
     def answers(
         self, models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], config: Mapping[str, Any]

@@ -91,6 +91,7 @@ def export_original(folder: Path, out_file: Path, family: str | None = None) -> 
     chosen = families.get(name)
     averaged = folder / EMA_NAME
     theirs = chosen.to_theirs(read_weights(averaged if averaged.exists() else folder / WEIGHTS_NAME))
+    theirs = chosen.finish(theirs, content["model"])
     if out_file.is_dir():
         raise UserError("is a folder", where=out_file, fix="give a file to write, e.g. MODEL.safetensors")
     out_file.parent.mkdir(parents=True, exist_ok=True)

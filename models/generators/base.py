@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..tokenizers.base import Tokenizer
 from .plan import Plan
 
 
@@ -20,11 +21,22 @@ class Generator(nn.Module, ABC):
     plan: Plan
     vocab_size: int
     num_classes: int
+    needs_tokenizer = False
+    """It looks at partial reconstructions: see `bind`."""
 
     @property
     def null_class(self) -> int:
         """The class id that means "no class", used for classifier-free guidance."""
         return self.num_classes
+
+    def bind(self, tokenizer: Tokenizer) -> None:
+        """Meet the tokenizer whose codes it speaks, frozen and on the same device; before anything else is asked of it.
+
+        Only a generator that looks at partial reconstructions keeps it, and not as a part of itself.
+
+        Raises:
+            UserError: its codes are not this generator's.
+        """
 
     @abstractmethod
     def logits(self, codes: Tensor, condition: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from ..tokenizers.layout import TokenLayout
 
 CacheMode = Literal["append_on_propose", "append_on_commit"]
 NO_PLACE = -1
+"""A slot's coordinate where it has no place."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,11 @@ class Plan:
         for slot, token in enumerate(self.holds):
             if token >= 0 and self.revealed_at[token] >= self.unit[slot]:
                 raise ValueError(f"slot {slot} of unit {self.unit[slot]} holds token {token}, which is not yet revealed")
+
+    @cached_property
+    def in_layout_order(self) -> bool:
+        """Tokens are revealed in the order of the layout."""
+        return self.perm == tuple(range(len(self.perm)))
 
     @property
     def n_tokens(self) -> int:
@@ -140,6 +147,20 @@ class Plan:
         return self._slots[unit]
 
     @cached_property
+    def _spans(self) -> tuple[slice, ...]:
+        ends = np.cumsum([self.prefix, *map(len, self._slots)]).tolist()
+        return (slice(0, ends[1]), *(slice(start, stop) for start, stop in pairwise(ends[1:])))
+
+    def span(self, unit: int) -> slice:
+        """The slots of `unit` in a plan of one stream; those of the first unit with the prefix before them."""
+        return self._spans[unit]
+
+    @cached_property
+    def prefix(self) -> int:
+        """Number of slots that are fed before the first unit: a text, but its last token."""
+        return sum(unit < 0 for unit in self.unit)
+
+    @cached_property
     def committed(self) -> tuple[int, ...]:
         """`[n_units + 1]` number of tokens revealed before each unit; the last entry is `N`."""
         return tuple(int(count) for count in np.cumsum([0, *map(len, self._tokens)]))
@@ -191,32 +212,3 @@ def allow(query: Tensor, key: Tensor, noisy_query: Tensor, noisy_key: Tensor) ->
 def visible(plan: Plan) -> Tensor:
     """Dense mask `[S, S]`, bool, on the CPU: query slot (row) may see key slot (column). Made once per plan."""
     return plan._visible
-
-
-def raster(grid: tuple[int, int], prefix: int = 1) -> Plan:
-    """Next-token over a grid, row by row.
-
-    Args:
-        grid: rows and columns.
-        prefix: slots before the first token (1 for a class); the last of them predicts token 0.
-    """
-    rows, columns = grid
-    return _next_token([(row, column) for row in range(rows) for column in range(columns)], prefix, (rows, columns))
-
-
-def sequence(n_tokens: int, prefix: int = 1) -> Plan:
-    """Next-token over a 1-D sequence; places are `0 … n_tokens-1`."""
-    return _next_token([(index,) for index in range(n_tokens)], prefix, None)
-
-
-def _next_token(places: list[tuple[int, ...]], prefix: int, grid: tuple[int, int] | None) -> Plan:
-    n_tokens = len(places)
-    nowhere = tuple(NO_PLACE for _ in places[0])
-    return Plan(
-        perm=tuple(range(n_tokens)),
-        unit=tuple(range(1 - prefix, n_tokens)),
-        holds=(-1,) * prefix + tuple(range(n_tokens - 1)),
-        predicts=((-1,),) * (prefix - 1) + tuple((token,) for token in range(n_tokens)),
-        coords=(nowhere,) * prefix + tuple(places[:-1]),
-        grid=grid,
-    )

@@ -53,7 +53,7 @@ def test_fixed_shape_steps_equal_the_others() -> None:
     GENERATOR.propose(state, 0)
     full = GENERATOR.logits(codes, condition)
     for unit in range(1, TOKENS):
-        logits = GENERATOR._step(codes[:, unit - 1 : unit], torch.tensor([unit]), state.cache)
+        logits = GENERATOR._step(codes[:, unit - 1 : unit], condition, torch.tensor([unit]), state.cache)
         torch.testing.assert_close(logits[:, 0], full[:, unit], atol=1e-5, rtol=0)
 
 
