@@ -113,7 +113,9 @@ class Context:
     cache: KVCache | None = None
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, context: Context, scale: float | None = None) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, context: Context, scale: float | None = None, dropout: float = 0.0
+) -> Tensor:
     """Softmax attention of `[B, H, L, D]` over `[B, H, S, D]`: the only place that calls a kernel.
 
     Args:
@@ -122,8 +124,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, context: Context, scale: f
         value: `[B, H, S, D]`.
         context: mask.
         scale: of the scores; `None`: `1/sqrt(D)`.
+        dropout: rate on the weights.
     """
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=context.mask, is_causal=context.causal, scale=scale)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=context.mask, dropout_p=dropout, is_causal=context.causal, scale=scale
+    )
 
 
 Bias = Literal["none", "keyless", "all"]
@@ -142,9 +147,11 @@ class Attention(nn.Module):
         heads: `H`; `C` must be a multiple of it.
         dropout: rate after the output projection.
         bias: of the projections.
-        qk_norm: `layer`: LayerNorm (eps 1e-6) of each head; `l2`: `q·exp(min(t, ln 100))/|q|` with a learned `t` for each head,
+        qk_norm: `layer`: LayerNorm of each head; `l2`: `q·exp(min(t, ln 100))/|q|` with a learned `t` for each head,
             `k/|k|`, and scores that are not scaled.
         scale: of the scores without `l2`; `None`: `1/sqrt(D)`.
+        qk_eps: of the LayerNorm.
+        weight_dropout: rate on the attention weights.
     """
 
     def __init__(
@@ -155,13 +162,15 @@ class Attention(nn.Module):
         bias: Bias = "none",
         qk_norm: QKNorm = "none",
         scale: float | None = None,
+        qk_eps: float = 1e-6,
+        weight_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.heads, self.head_dim, self.dropout = heads, dim // heads, dropout
+        self.heads, self.head_dim, self.dropout, self.weight_dropout = heads, dim // heads, dropout, weight_dropout
         self.qkv = nn.Linear(dim, 3 * dim, bias=bias == "all")
         self.qv_bias = nn.Parameter(torch.zeros(2, dim)) if bias == "keyless" else None
         self.out = nn.Linear(dim, dim, bias=bias != "none")
-        self.norms = nn.ModuleList(nn.LayerNorm(self.head_dim, eps=1e-6) for _ in range(2 if qk_norm == "layer" else 0))
+        self.norms = nn.ModuleList(nn.LayerNorm(self.head_dim, eps=qk_eps) for _ in range(2 if qk_norm == "layer" else 0))
         self.temperature = nn.Parameter(torch.full((heads, 1), _COOLEST)) if qk_norm == "l2" else None
         self.scale = 1.0 if qk_norm == "l2" else scale
 
@@ -180,7 +189,7 @@ class Attention(nn.Module):
         query, key = both.transpose(1, 3).unbind(2)
         if context.cache is not None:
             key, value = context.cache.write(layer, key, value)
-        mixed = attend(query, key, value, context, self.scale)
+        mixed = attend(query, key, value, context, self.scale, self.weight_dropout if self.training else 0.0)
         return F.dropout(self.out(mixed.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
     def _project(self, x: Tensor) -> Tensor:

@@ -57,23 +57,27 @@ class SwiGLU(nn.Module):
 
 
 class GELUFeedForward(nn.Module):
-    """Feed-forward `down(gelu(up x))`, GELU by its tanh approximation.
+    """Feed-forward `down(gelu(up x))`.
 
     Args:
         dim: width `C`.
         hidden: width `F`.
         bias: of both layers.
         dropout: rate after `down`.
+        exact: GELU itself, and dropout before `down` too (RAR's, timm's); else its tanh approximation.
     """
 
-    def __init__(self, dim: int, hidden: int, bias: bool = True, dropout: float = 0.0) -> None:
+    def __init__(self, dim: int, hidden: int, bias: bool = True, dropout: float = 0.0, exact: bool = False) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(dim, hidden, bias=bias), nn.Linear(hidden, dim, bias=bias)
-        self.dropout = dropout
+        self.dropout, self.exact = dropout, exact
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., C]` to `[..., C]`."""
-        return F.dropout(self.down(F.gelu(self.up(x), approximate="tanh")), self.dropout, self.training)
+        hidden = F.gelu(self.up(x), approximate="none" if self.exact else "tanh")
+        if self.exact:
+            hidden = F.dropout(hidden, self.dropout, self.training)
+        return F.dropout(self.down(hidden), self.dropout, self.training)
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

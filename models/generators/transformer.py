@@ -17,6 +17,7 @@ from ..attention import Attention, Bias, Context, QKNorm
 from ..layers import GELUFeedForward, RMSNorm, SwiGLU, drop_path, modulate, swiglu_hidden
 
 Modulation = Literal["none", "block", "shared"]
+Norm = Literal["rms", "layer", "plain"]
 _GELU_RATIO = 4
 
 
@@ -29,13 +30,16 @@ class TransformerConfig:
         layers: number of blocks.
         heads: attention heads; must divide `dim`.
         norm: `rms` (LlamaGen: eps 1e-5, with weight), `layer` (RAR: LayerNorm, eps 1e-6), `plain` (VAR: that without weights).
-        mlp: `swiglu`, or `gelu` four times as wide.
+        final_norm: before the head; `None`: as `norm`.
+        mlp: `swiglu`, or four times as wide `gelu` (tanh approximation) or `gelu_exact` (RAR; dropout on its hidden layer too).
         bias: of attention and feed-forward (a SwiGLU has none).
         qk_norm: of queries and keys.
+        qk_eps: of their LayerNorm (RAR 1e-6, GigaTok 1e-5).
         attention_scale: of the scores; `None`: `1/sqrt(head width)`, or 1 with `qk_norm` `l2`.
         modulation: adaptive layer norm: a projection of the condition for each block, or a `shared` one to which each block
             adds its own vectors.
         multiple_of: the hidden width of a SwiGLU is rounded up to a multiple of this.
+        attention_dropout: rate on the attention weights.
         resid_dropout: rate after the attention's output projection.
         ffn_dropout: rate after the feed-forward.
         drop_path: stochastic depth of the last block; grows linearly from 0 at the first.
@@ -47,13 +51,16 @@ class TransformerConfig:
     dim: int
     layers: int
     heads: int
-    norm: Literal["rms", "layer", "plain"] = "rms"
-    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    norm: Norm = "rms"
+    final_norm: Norm | None = None
+    mlp: Literal["swiglu", "gelu", "gelu_exact"] = "swiglu"
     bias: Bias = "none"
     qk_norm: QKNorm = "none"
+    qk_eps: float = 1e-6
     attention_scale: float | None = None
     modulation: Modulation = "none"
     multiple_of: int = 256
+    attention_dropout: float = 0.0
     resid_dropout: float = 0.0
     ffn_dropout: float = 0.0
     drop_path: float = 0.0
@@ -75,8 +82,13 @@ NORMS: dict[str, Callable[[TransformerConfig], nn.Module]] = {
 }
 MLPS: dict[str, Callable[[TransformerConfig], nn.Module]] = {
     "swiglu": lambda config: SwiGLU(config.dim, swiglu_hidden(config.dim, config.multiple_of), config.ffn_dropout),
-    "gelu": lambda config: GELUFeedForward(config.dim, _GELU_RATIO * config.dim, config.bias != "none", config.ffn_dropout),
+    "gelu": lambda config: _gelu(config, exact=False),
+    "gelu_exact": lambda config: _gelu(config, exact=True),
 }
+
+
+def _gelu(config: TransformerConfig, exact: bool) -> nn.Module:
+    return GELUFeedForward(config.dim, _GELU_RATIO * config.dim, config.bias != "none", config.ffn_dropout, exact)
 
 
 class Block(nn.Module):
@@ -86,7 +98,10 @@ class Block(nn.Module):
         super().__init__()
         self.drop_rate, dim = drop_rate, config.dim
         self.norm1 = NORMS[config.norm](config)
-        self.attention = Attention(dim, config.heads, config.resid_dropout, config.bias, config.qk_norm, config.attention_scale)
+        self.attention = Attention(
+            dim, config.heads, config.resid_dropout, config.bias, config.qk_norm, config.attention_scale, config.qk_eps,
+            config.attention_dropout,
+        )  # fmt: skip
         self.norm2 = NORMS[config.norm](config)
         self.mlp = MLPS[config.mlp](config)
         self.modulation = nn.Linear(dim, 6 * dim) if config.modulation == "block" else None
@@ -127,7 +142,7 @@ class Transformer(nn.Module):
         self.config = config
         last = max(config.layers - 1, 1)
         self.blocks = nn.ModuleList(Block(config, config.drop_path * index / last) for index in range(config.layers))
-        self.norm = NORMS[config.norm](config)
+        self.norm = NORMS[config.final_norm or config.norm](config)
         modulated = config.modulation != "none"
         self.shared = nn.Linear(config.dim, 6 * config.dim) if config.modulation == "shared" else None
         self.final = nn.Linear(config.dim, 2 * config.dim) if modulated else None
@@ -142,10 +157,21 @@ class Transformer(nn.Module):
         """
         active = None if condition is None else F.silu(condition)
         signal = active if self.shared is None else self.shared(active).unflatten(-1, (6, -1))
-        for layer, block in enumerate(self.blocks):
-            x = block(x, context, layer, signal)
-        x = self.norm(x)
+        x = self.norm(self.through(x, context, range(len(self.blocks)), signal))
         if self.final is None:
             return x
         scale, shift = self.final(active).chunk(2, dim=-1)
         return modulate(x, scale, shift)
+
+    def through(self, x: Tensor, context: Context, layers: range, signal: Tensor | None = None) -> Tensor:
+        """Hidden states `[B, L, C]` behind some of the blocks, not normed.
+
+        Args:
+            x: hidden states before them.
+            context: of the attention.
+            layers: indices of the blocks.
+            signal: see `Block.forward`.
+        """
+        for layer in layers:
+            x = self.blocks[layer](x, context, layer, signal)
+        return x
