@@ -53,6 +53,7 @@ class GeneratorStage:
         """One micro-batch."""
         uniform = sample_uniform(self.config.seed, batch["epoch"], batch["index"], DROPOUT_SALT)
         condition = torch.where(uniform < self.config.class_dropout, self.generator.null_class, batch["label"])
+        self.generator.anneal(clock.step / clock.total)
         losses = networks["generator"](self._codes(batch), condition)
         networks["generator"].backward(losses["loss"])
         return losses

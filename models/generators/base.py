@@ -54,6 +54,9 @@ class Generator(nn.Module, ABC):
         """Logits `[B, U, V]` of `unit` from the codes alone, without a cache: the slow twin of `propose`."""
         return self.logits(codes, condition)[:, self.plan.columns(unit)]
 
+    def anneal(self, progress: float) -> None:
+        """Be told, before every training step, what share of the run is done, in [0, 1]."""
+
     @abstractmethod
     def begin(self, condition: Tensor, *, capacity: int | None = None, compile: bool = False) -> Any:
         """Start to generate for conditions `[B]`: allocates the KV cache and returns the state.
