@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...ranges import Fraction, PositiveInt
+from ...ranges import Fraction, NonNegativeInt, PositiveInt
 from ..attention import Context, KVCache, rope_table
 from ..layers import init_normal
+from .conditions import TextCondition
 from .orders import raster, sequence
 from .plan import Plan
 from .planned import DecodeState, Facts, PlannedGenerator
@@ -33,14 +34,15 @@ SIZES = {
     "3B": (3200, 24, 32),
     "7B": (4096, 32, 32),
 }
+_QK_EPS = 1e-5  # GigaTok's, PyTorch's default
 
 
 class NextToken(PlannedGenerator):
-    """Class-conditional next-token transformer: RMSNorm, SwiGLU, the class as prefix slot.
+    """Next-token transformer: RMSNorm, SwiGLU, a class or a text as prefix slots.
 
     Args:
         vocab_size: number of codes `V`.
-        num_classes: number of classes; one more row of the class table stands for "no class".
+        num_classes: number of classes; one more row of the class table stands for "no class". A text needs none.
         grid: rows and columns of the tokens, in raster order.
         n_tokens: number of tokens of a 1-D tokenizer. Exactly one of `grid`, `n_tokens`.
         dim: width `C`.
@@ -51,6 +53,7 @@ class NextToken(PlannedGenerator):
             (GigaTok).
         qk_norm: LayerNorm of each head's queries and keys.
         modulation: adaptive layer norm by the class besides its slot.
+        condition: how texts are read (`TextCondition`); `None`: the condition is a class.
         multiple_of: the feed-forward's hidden width, two thirds of `4·dim`, is rounded up to a multiple of this.
         token_dropout: rate on the input embeddings.
         resid_dropout: rate after each attention.
@@ -64,7 +67,7 @@ class NextToken(PlannedGenerator):
     def __init__(
         self,
         vocab_size: PositiveInt,
-        num_classes: PositiveInt,
+        num_classes: NonNegativeInt,
         grid: tuple[int, int] | None = None,
         n_tokens: PositiveInt | None = None,
         dim: PositiveInt = 768,
@@ -73,6 +76,7 @@ class NextToken(PlannedGenerator):
         positions: Literal["rotary", "rotary_class", "learned"] = "rotary",
         qk_norm: bool = False,
         modulation: Literal["none", "block", "shared"] = "none",
+        condition: nn.Module | None = None,
         multiple_of: PositiveInt = 256,
         token_dropout: Fraction = 0.1,
         resid_dropout: Fraction = 0.1,
@@ -84,22 +88,25 @@ class NextToken(PlannedGenerator):
             layers,
             heads,
             qk_norm="layer" if qk_norm else "none",
+            qk_eps=_QK_EPS,
             modulation=modulation,
             multiple_of=multiple_of,
             resid_dropout=resid_dropout,
             ffn_dropout=ffn_dropout,
             drop_path=drop_path,
         )
-        super().__init__(_make_plan(grid, n_tokens), vocab_size, num_classes, config)
+        text = _checked(condition, num_classes, dim, modulation)
+        super().__init__(_make_plan(grid, n_tokens, text.tokens if text else 1), vocab_size, num_classes, config)
         self.token_dropout = token_dropout
-        self.classes = nn.Embedding(num_classes + 1, dim)
+        self.condition = text
+        self.classes = nn.Embedding(num_classes + 1, dim) if text is None else None
         self.tokens = nn.Embedding(vocab_size, dim)
         self.head = nn.Linear(dim, vocab_size, bias=False)
         init_normal(self)
         for zeroed in (self.head, *self._modulations()):
             for parameter in zeroed.parameters():
                 nn.init.zeros_(parameter)
-        slots = 1 + self.plan.n_tokens
+        slots = 1 + self.plan.n_slots  # the last token is never fed: its row is there because the published table has it
         self.positions = nn.Parameter(torch.randn(slots, dim) * dim**-0.5) if positions == "learned" else None
         self._rotary = None if positions == "learned" else Facts(_rotary(self.plan, config.head_dim, positions))
 
@@ -109,18 +116,45 @@ class NextToken(PlannedGenerator):
         return [layer for layer in (*layers, self.transformer.shared, self.transformer.final) if isinstance(layer, nn.Module)]
 
     def _fill(self, codes: Tensor, condition: Tensor, slots: slice, carry: Tensor | None) -> Tensor:
-        parts = [self.classes(condition)[:, None]] if slots.start == 0 else []
-        held = codes[:, max(slots.start - 1, 0) : slots.stop - 1]
+        prefix = self.plan.prefix + 1
+        parts = [self._prefix(condition)] if slots.start == 0 else []
+        held = codes[:, max(slots.start - prefix, 0) : slots.stop - prefix]
         x = torch.cat((*parts, self.tokens(held)), dim=1) if held.shape[1] or not parts else parts[0]
         if self.positions is not None:
             x = x + self.positions[slots]
         return F.dropout(x, self.token_dropout, self.training)
 
+    def _prefix(self, condition: Tensor) -> Tensor:
+        """The slots before the first token, `[B, P, C]`."""
+        if self.condition is not None:
+            return self.condition(condition)
+        assert self.classes is not None
+        return self.classes(condition)[:, None]
+
     def _head(self, hidden: Tensor, first: int, last: int) -> Tensor:
-        return self.head(hidden)
+        return self.head(hidden[:, self.plan.prefix :] if first == 0 and self.plan.prefix else hidden)
 
     def _modulation(self, condition: Tensor, slots: slice) -> Tensor | None:
-        return None if self.transformer.final is None else self.classes(condition)[:, None]
+        if self.transformer.final is None:
+            return None
+        signal = self._prefix(condition)
+        return signal if self.positions is None else signal + self.positions[:1]
+
+    def _padding(self, condition: Tensor) -> Tensor | None:
+        return None if self.condition is None else self.condition.padding(condition)
+
+    @property
+    def text(self) -> TextCondition | None:
+        """How it reads texts; `None`: it is conditioned on classes."""
+        return self.condition
+
+    def null(self, condition: Tensor) -> Tensor:
+        """The condition of the same rows that means "no condition"."""
+        return super().null(condition) if self.condition is None else self.condition.null(condition)
+
+    def check_condition(self, condition: Tensor) -> None:
+        """See `Generator.check_condition`."""
+        return super().check_condition(condition) if self.condition is None else self.condition.check(condition)
 
     def _rope(self, slots: slice, device: torch.device) -> Tensor | None:
         return None if self._rotary is None else self._rotary.on(device)[:, slots]
@@ -130,7 +164,7 @@ class NextToken(PlannedGenerator):
         """Logits `[B, 1, V]` of token `unit`."""
         if not state.compiled or unit == 0:
             return super().propose(state, unit)
-        position = torch.tensor([unit], device=state.codes.device)
+        position = torch.tensor([self.plan.span(unit).start], device=state.codes.device)
         return _compiled_step()(self, state.codes[:, unit - 1 : unit], state.condition, position, state.cache)
 
     def _step(self, previous: Tensor, condition: Tensor, position: Tensor, cache: KVCache) -> Tensor:
@@ -140,6 +174,8 @@ class NextToken(PlannedGenerator):
             x = x + self.positions[position]
         rope = None if self._rotary is None else self._rotary.on(x.device)[:, position]
         seen = torch.arange(self.plan.n_slots, device=position.device)[None] <= position
+        if (padding := self._padding(condition)) is not None:
+            seen = (seen & F.pad(padding, (0, self.plan.n_slots - padding.shape[1]), value=True))[:, None, None]
         cache.position = position
         context = Context(rope, mask=seen, cache=cache)
         hidden = self.transformer(x, context, self._modulation(condition, slice(0, 1)))
@@ -153,10 +189,24 @@ def _compiled_step() -> Callable[[NextToken, Tensor, Tensor, Tensor, KVCache], T
     return torch.compile(NextToken._step, dynamic=False)
 
 
-def _make_plan(grid: tuple[int, int] | None, n_tokens: int | None) -> Plan:
+def _checked(condition: nn.Module | None, num_classes: int, dim: int, modulation: str) -> TextCondition | None:
+    if condition is None:
+        if num_classes < 1:
+            raise ValueError("no classes and no condition; give num_classes, or a condition that reads texts")
+        return None
+    if not isinstance(condition, TextCondition):
+        raise ValueError(f"{type(condition).__name__} reads no condition; give a TextCondition, or null for classes")
+    if condition.dim != dim:
+        raise ValueError(f"a condition of width {condition.dim} in a generator of width {dim}; set condition.dim={dim}")
+    if modulation != "none":
+        raise ValueError("texts do not modulate; set modulation=none")
+    return condition
+
+
+def _make_plan(grid: tuple[int, int] | None, n_tokens: int | None, prefix: int = 1) -> Plan:
     if (grid is None) == (n_tokens is None):
         raise ValueError("give exactly one of grid (2-D tokens) and n_tokens (1-D tokens)")
-    return raster((grid[0], grid[1])) if grid is not None else sequence(int(n_tokens or 0))
+    return raster((grid[0], grid[1]), prefix) if grid is not None else sequence(int(n_tokens or 0), prefix)
 
 
 def _rotary(plan: Plan, head_dim: int, positions: str) -> Tensor:

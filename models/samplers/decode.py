@@ -71,12 +71,7 @@ def choices_for(plan: Plan, guidance: Varying, temperature: Varying, top_k: int,
 
 
 def _check_request(generator: Generator, condition: Tensor, seed: int, ids: Sequence[int], given: Tensor | None) -> None:
-    if len(condition) and not 0 <= int(condition.min()) <= int(condition.max()) <= generator.null_class:
-        raise UserError(
-            f"class ids {int(condition.min())} … {int(condition.max())} asked for",
-            where="condition",
-            fix=f"this generator knows 0 … {generator.num_classes - 1}, and {generator.null_class} for no class",
-        )
+    generator.check_condition(condition)
     if seed < 0 or min(ids, default=0) < 0:
         raise UserError("negative", where="seed or sample_ids", fix="use numbers from 0 on")
     if len(ids) != len(condition):
@@ -115,7 +110,7 @@ def sample(
 
     Args:
         generator: any; put in eval mode meanwhile.
-        condition: `[B]` class ids, on the generator's device.
+        condition: `[B, …]`, on the generator's device: class ids, or what a generator of texts reads.
         seed: not negative.
         sample_ids: `[B]` ids, not negative; `0 … B-1` when not given.
         guidance: scale `s` in `u + s·(c - u)`, a number or a schedule (see `parse_schedule`); 1: none.
@@ -146,7 +141,8 @@ def sample(
     draws = uniforms(seed, ids, plan.n_tokens, condition.device)
 
     def run(rows: slice) -> Tensor:
-        part = condition[rows].long()
+        part = condition[rows]
+        part = part if part.is_floating_point() else part.long()
         capacity = len(part) * (2 if any(choices.guided) else 1)
         decoder = CachedDecoder(generator, part, capacity, compile) if cache else UncachedDecoder(generator, part)
         fixed = None if given is None else given[rows].to(part.device)

@@ -37,20 +37,20 @@ class CachedDecoder:
 
     Args:
         generator: in eval mode.
-        condition: `[B]`.
+        condition: `[B, …]`.
         capacity: rows that may be needed at once.
         compile: see `Generator.begin`.
     """
 
     def __init__(self, generator: Generator, condition: Tensor, capacity: int, compile: bool) -> None:
         self.generator, self.condition, self.paired = generator, condition, False
-        self.codes = condition.new_zeros(len(condition), generator.plan.n_tokens)
+        self.codes = condition.new_zeros(len(condition), generator.plan.n_tokens, dtype=torch.int64)
         self.capacity, self.compile = capacity, compile
         self.state: Any = None
 
     def pair(self, unit: int) -> None:
         """Add the unconditional rows; from the first unit on they simply begin together with the others."""
-        null, self.paired = torch.full_like(self.condition, self.generator.null_class), True
+        null, self.paired = self.generator.null(self.condition), True
         if self.state is None:
             self._begin(torch.cat((self.condition, null)))
         else:
@@ -81,13 +81,13 @@ class UncachedDecoder:
 
     def __init__(self, generator: Generator, condition: Tensor) -> None:
         self.generator, self.condition, self.paired = generator, condition, False
-        self.codes = condition.new_zeros(len(condition), generator.plan.n_tokens)
+        self.codes = condition.new_zeros(len(condition), generator.plan.n_tokens, dtype=torch.int64)
         self.rows = condition
 
     def pair(self, unit: int) -> None:
         """Add the unconditional rows."""
         self.paired = True
-        self.rows = torch.cat((self.condition, torch.full_like(self.condition, self.generator.null_class)))
+        self.rows = torch.cat((self.condition, self.generator.null(self.condition)))
 
     def unpair(self) -> None:
         """Keep the conditional rows only."""
