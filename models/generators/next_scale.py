@@ -1,4 +1,4 @@
-"""Next-scale generator: VAR (arXiv:2404.02905), which predicts all tokens of a scale from the image so far.
+"""Next-scale generators, which predict all tokens of a scale from the image so far: what all share, and VAR (arXiv:2404.02905).
 
 Shapes: `B` batch, `N` tokens of all scales, `n` of one scale, `L` slots of one pass, `C` width, `D` width of a code,
 `V` vocabulary. Codes lie scale by scale, coarse first.
@@ -7,7 +7,9 @@ Shapes: `B` batch, `N` tokens of all scales, `n` of one scale, `L` slots of one 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from ...errors import UserError
 from ...ranges import Fraction, NonNegativeFloat, PositiveInt
 from ..tokenizers.base import Tokenizer
 from ..tokenizers.multiscale import MultiScaleTokenizer
+from .orders import Grid
 from .orders import scales as scales_plan
 from .planned import Facts, PlannedGenerator
 from .transformer import TransformerConfig
@@ -23,84 +26,70 @@ from .transformer import TransformerConfig
 _SOFT_SCALE = 0.25  # VAR's factor of the scores where queries and keys are not of unit length
 
 
-class NextScale(PlannedGenerator):
-    """VAR: slots of a scale hold the reconstruction so far, resized to its grid; the class modulates every block.
+class Loan:
+    """A network that is used but not owned: neither trained nor saved with its user, and shared by the user's copies."""
 
-    The first scale begins with the class. Every slot adds a learned vector of its place and one of its scale.
+    def __init__(self, module: MultiScaleTokenizer) -> None:
+        self.module = module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Loan:
+        return self
+
+
+class ScaleGenerator(PlannedGenerator):
+    """Slots of a scale hold what the tokenizer shows of the scales before; the class modulates every block.
+
+    The first scale begins with the class. A family says where slots are (`_places`), and calls `_init_weights` when all its
+    parameters are there.
 
     Args:
+        grids: rows and columns of each scale, coarse first.
         vocab_size: number of codes `V`.
         num_classes: number of classes; one more row of the class table stands for "no class".
-        grids: rows and columns of each scale, coarse first.
         embed_dim: width of a code `D`.
-        dim: width `C`; VAR: 64 for each block.
-        layers: number of blocks.
-        heads: attention heads; VAR: as many as blocks.
-        shared_modulation: one projection of the class for all blocks, to which each adds its own vectors (VAR d36).
-        qk_l2: unit queries and keys with a learned temperature for each head.
-        drop_path: stochastic depth of the last block, growing linearly from 0 at the first; VAR: 0.1·layers/24.
-        gate_init: scale of the initial γ of each block; VAR: 1e-3 for small models … 5e-6 for d36.
+        config: of the transformer.
         label_smoothing: of the cross-entropy.
-
-    Raises:
-        ValueError: the heads do not divide the width.
     """
 
     needs_tokenizer = True
+    undecayed = ("start", "positions", "levels.weight", "offset", "temperature", "qv_bias")
 
     def __init__(
         self,
-        vocab_size: PositiveInt,
-        num_classes: PositiveInt,
-        grids: Sequence[Sequence[PositiveInt]],
-        embed_dim: PositiveInt,
-        dim: PositiveInt = 1024,
-        layers: PositiveInt = 16,
-        heads: PositiveInt = 16,
-        shared_modulation: bool = False,
-        qk_l2: bool = True,
-        drop_path: Fraction = 0.0,
-        gate_init: NonNegativeFloat = 1e-3,
-        label_smoothing: Fraction = 0.0,
+        grids: tuple[Grid, ...],
+        vocab_size: int,
+        num_classes: int,
+        embed_dim: int,
+        config: TransformerConfig,
+        label_smoothing: float,
     ) -> None:
-        config = TransformerConfig(
-            dim,
-            layers,
-            heads,
-            norm="plain",
-            mlp="gelu",
-            bias="keyless",
-            qk_norm="l2" if qk_l2 else "none",
-            attention_scale=None if qk_l2 else _SOFT_SCALE * (dim // heads) ** -0.5,
-            modulation="shared" if shared_modulation else "block",
-            drop_path=drop_path,
-        )
-        self.grids = tuple((rows, columns) for rows, columns in grids)
-        super().__init__(scales_plan(self.grids), vocab_size, num_classes, config, label_smoothing)
-        self.embed_dim = embed_dim
-        first = self.plan.span(0).stop
-        self.classes = nn.Embedding(num_classes + 1, dim)
-        self.start = nn.Parameter(torch.empty(first, dim))
-        self.embed = nn.Linear(embed_dim, dim)
-        self.positions = nn.Parameter(torch.empty(self.plan.n_slots, dim))
-        self.levels = nn.Embedding(len(self.grids), dim)
-        self.head = nn.Linear(dim, vocab_size)
-        self._level_of = Facts(torch.tensor(self.plan.unit, device="cpu"))
-        self._tokenizer: tuple[MultiScaleTokenizer, ...] = ()
-        self._init_weights(gate_init)
+        super().__init__(scales_plan(grids), vocab_size, num_classes, config, label_smoothing)
+        self.grids, self.embed_dim = grids, embed_dim
+        self.classes = nn.Embedding(num_classes + 1, config.dim)
+        self.start = nn.Parameter(torch.empty(self.plan.span(0).stop, config.dim))
+        self.embed = nn.Linear(embed_dim, config.dim)
+        self.head = nn.Linear(config.dim, vocab_size)
+        self._tokenizer: Loan | None = None
+
+    @abstractmethod
+    def _places(self, slots: slice) -> Tensor:
+        """What says where each of these slots is, `[L, C]`, added to its input."""
+
+    @property
+    def initial_std(self) -> float:
+        """VAR's: of variance 1/(3C)."""
+        return math.sqrt(1 / (3 * self.transformer.config.dim))
 
     @torch.no_grad()
     def _init_weights(self, gate_init: float) -> None:
         """VAR's: truncated normals of variance 1/(3C), less for what is added to the residual stream."""
-        dim, layers = self.transformer.config.dim, self.transformer.config.layers
-        std = math.sqrt(1 / (3 * dim))
+        dim, layers, std = self.transformer.config.dim, self.transformer.config.layers, self.initial_std
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.trunc_normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        for table in (self.start, self.positions):
-            nn.init.trunc_normal_(table, std=std)
+        nn.init.trunc_normal_(self.start, std=std)
         self.head.weight.mul_(0.02)
         for name, weight in self.transformer.blocks.named_parameters():
             if name.endswith(("attention.out.weight", "mlp.down.weight")):
@@ -129,8 +118,7 @@ class NextScale(PlannedGenerator):
             raise UserError(
                 f"scales {self.grids}, but the tokenizer's are {tokenizer.grids}", where="generator", fix="make them equal"
             )
-        # In a tuple: it is no part of this model, neither saved nor trained with it.
-        self._tokenizer = (tokenizer,)
+        self._tokenizer = Loan(tokenizer)
 
     @property
     def tokenizer(self) -> MultiScaleTokenizer:
@@ -139,9 +127,9 @@ class NextScale(PlannedGenerator):
         Raises:
             UserError: none was.
         """
-        if not self._tokenizer:
+        if self._tokenizer is None:
             raise UserError("a next-scale generator reconstructs as it goes", fix="give its tokenizer: decode_with=…")
-        return self._tokenizer[0]
+        return self._tokenizer.module
 
     def _fill(self, codes: Tensor, condition: Tensor, slots: slice, carry: Tensor | None) -> Tensor:
         parts = []
@@ -149,8 +137,7 @@ class NextScale(PlannedGenerator):
             parts.append(self.classes(condition)[:, None] + self.start)
         if slots.stop > len(self.start):
             parts.append(self.embed(self._seen(codes, slots, carry).to(self.embed.weight.dtype)))
-        levels = self.levels(self._level_of.on(codes.device)[slots])
-        return torch.cat(parts, dim=1) + self.positions[slots] + levels
+        return torch.cat(parts, dim=1) + self._places(slots)
 
     @torch.no_grad()
     def _seen(self, codes: Tensor, slots: slice, carry: Tensor | None) -> Tensor:
@@ -171,3 +158,70 @@ class NextScale(PlannedGenerator):
     def _advance(self, carry: Tensor | None, unit: int, values: Tensor) -> Tensor | None:
         assert carry is not None
         return self.tokenizer.add_scale(carry, unit, values)
+
+
+def var_config(dim: int, layers: int, heads: int, shared_modulation: bool, qk_l2: bool, drop_path: float) -> TransformerConfig:
+    """The switches of VAR's transformer."""
+    return TransformerConfig(
+        dim,
+        layers,
+        heads,
+        norm="plain",
+        mlp="gelu",
+        bias="keyless",
+        qk_norm="l2" if qk_l2 else "none",
+        attention_scale=None if qk_l2 else _SOFT_SCALE * (dim // heads) ** -0.5,
+        modulation="shared" if shared_modulation else "block",
+        drop_path=drop_path,
+    )
+
+
+class NextScale(ScaleGenerator):
+    """VAR: slots of a scale hold the reconstruction so far, resized to its grid; the class modulates every block.
+
+    The first scale begins with the class. Every slot adds a learned vector of its place and one of its scale.
+
+    Args:
+        vocab_size: number of codes `V`.
+        num_classes: number of classes; one more row of the class table stands for "no class".
+        grids: rows and columns of each scale, coarse first.
+        embed_dim: width of a code `D`.
+        dim: width `C`; VAR: 64 for each block.
+        layers: number of blocks.
+        heads: attention heads; VAR: as many as blocks.
+        shared_modulation: one projection of the class for all blocks, to which each adds its own vectors (VAR d36).
+        qk_l2: unit queries and keys with a learned temperature for each head.
+        drop_path: stochastic depth of the last block, growing linearly from 0 at the first; VAR: 0.1·layers/24.
+        gate_init: scale of the initial γ of each block; VAR: 1e-3 for small models … 5e-6 for d36.
+        label_smoothing: of the cross-entropy.
+
+    Raises:
+        ValueError: the heads do not divide the width.
+    """
+
+    def __init__(
+        self,
+        vocab_size: PositiveInt,
+        num_classes: PositiveInt,
+        grids: Sequence[Sequence[PositiveInt]],
+        embed_dim: PositiveInt,
+        dim: PositiveInt = 1024,
+        layers: PositiveInt = 16,
+        heads: PositiveInt = 16,
+        shared_modulation: bool = False,
+        qk_l2: bool = True,
+        drop_path: Fraction = 0.0,
+        gate_init: NonNegativeFloat = 1e-3,
+        label_smoothing: Fraction = 0.0,
+    ) -> None:
+        config = var_config(dim, layers, heads, shared_modulation, qk_l2, drop_path)
+        pairs = tuple((rows, columns) for rows, columns in grids)
+        super().__init__(pairs, vocab_size, num_classes, embed_dim, config, label_smoothing)
+        self.positions = nn.Parameter(torch.empty(self.plan.n_slots, dim))
+        self.levels = nn.Embedding(len(self.grids), dim)
+        self._level_of = Facts(torch.tensor(self.plan.unit, device="cpu"))
+        self._init_weights(gate_init)
+        nn.init.trunc_normal_(self.positions, std=self.initial_std)
+
+    def _places(self, slots: slice) -> Tensor:
+        return self.positions[slots] + self.levels(self._level_of.on(self.positions.device)[slots])
