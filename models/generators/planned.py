@@ -47,6 +47,7 @@ class DecodeState:
         codes: `[B, N]` committed so far.
         carry: what a family keeps besides, row by row; `None`: nothing.
         compiled: run the repeated step through `torch.compile`.
+        calls: passes of the network so far.
     """
 
     memory: KVCache
@@ -55,6 +56,13 @@ class DecodeState:
     codes: Tensor
     carry: Tensor | None = None
     compiled: bool = False
+    calls: int = 0
+
+    def use_rows(self, rows: int) -> None:
+        """Put the first `rows` rows of the memory in use."""
+        length = self.cache.length
+        self.cache = self.memory.rows(0, rows)
+        self.cache.length = length
 
 
 class PlannedGenerator(Generator):
@@ -115,7 +123,7 @@ class PlannedGenerator(Generator):
             return found
         return found[:, self._layout_order.on(found.device)]
 
-    def loss(self, codes: Tensor, condition: Tensor) -> dict[str, Tensor]:
+    def loss(self, codes: Tensor, condition: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
         """Mean cross-entropy in nats per token, of float32 logits."""
         logits = self.logits(codes, condition).float()
         smoothing = self.label_smoothing if self.training else 0.0
@@ -129,13 +137,8 @@ class PlannedGenerator(Generator):
     @torch.no_grad()
     def begin(self, condition: Tensor, *, capacity: int | None = None, compile: bool = False) -> DecodeState:
         """Allocate the cache for `capacity` rows; nothing is computed yet."""
-        rows, device, config = condition.shape[0], condition.device, self.transformer.config
-        dtype = next(self.transformer.parameters()).dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        memory = KVCache(
-            config.layers, capacity or rows, config.heads, self.plan.n_slots, config.head_dim, device=device, dtype=dtype
-        )
+        rows, device = condition.shape[0], condition.device
+        memory = make_cache(self.transformer, capacity or rows, self.plan.n_slots, device)
         codes = torch.zeros(rows, self.plan.n_tokens, dtype=torch.int64, device=device)
         return DecodeState(memory, memory.rows(0, rows), condition, codes, self._begin_carry(rows), compile)
 
@@ -145,6 +148,7 @@ class PlannedGenerator(Generator):
         span = self.plan.span(unit)
         x = self._fill(state.codes, state.condition, span, state.carry)
         hidden = self._pass(x, state.condition, span, state.cache, masked=unit == 0 and self.plan.prefix > 0)
+        state.calls += 1
         return self._head(hidden, unit, unit + 1)
 
     @torch.no_grad()
@@ -164,20 +168,21 @@ class PlannedGenerator(Generator):
             fresh = state.memory.rows(start, stop)
             fresh.length = 0
             self._masked_pass(codes, condition, self.plan.span(unit).start, fresh)
+            state.calls += 1
             for earlier in range(unit):
                 carry = self._advance(carry, earlier, codes[:, self.plan.columns(earlier)])
         state.condition = torch.cat((state.condition, condition))
         state.codes = torch.cat((state.codes, codes))
         if state.carry is not None and carry is not None:
             state.carry = torch.cat((state.carry, carry))
-        self._use_rows(state, stop)
+        state.use_rows(stop)
 
     @torch.no_grad()
     def keep(self, state: DecodeState, rows: int) -> None:
         """Forget all but the first `rows` rows."""
         state.condition, state.codes = state.condition[:rows], state.codes[:rows].clone()
         state.carry = None if state.carry is None else state.carry[:rows]
-        self._use_rows(state, rows)
+        state.use_rows(rows)
 
     def _begin_carry(self, rows: int) -> Tensor | None:
         """What a family carries from unit to unit, `[rows, …]`, before the first."""
@@ -186,11 +191,6 @@ class PlannedGenerator(Generator):
     def _advance(self, carry: Tensor | None, unit: int, values: Tensor) -> Tensor | None:
         """The carry with the codes `[B, U]` of `unit`."""
         return carry
-
-    def _use_rows(self, state: DecodeState, rows: int) -> None:
-        length = state.cache.length
-        state.cache = state.memory.rows(0, rows)
-        state.cache.length = length
 
     def _masked_pass(self, codes: Tensor, condition: Tensor, stop: int, cache: KVCache | None = None) -> Tensor:
         """Hidden states `[B, stop, C]` of the first slots, all known: training, prefill, or without a cache."""
@@ -204,7 +204,19 @@ class PlannedGenerator(Generator):
         if padding is not None:
             mask = _without_padding(mask, padding, slots)
         context = Context(self._rope(slots, x.device), causal=causal, mask=mask, cache=cache)
-        return self.transformer(x, context, self._modulation(condition, slots))
+        return self._transform(x, context, self._modulation(condition, slots))
+
+    def _transform(self, x: Tensor, context: Context, modulation: Tensor | None) -> Tensor:
+        """Hidden states for `_head`, slots along the second axis."""
+        return self.transformer(x, context, modulation)
+
+
+def make_cache(transformer: Transformer, rows: int, slots: int, device: torch.device) -> KVCache:
+    """An empty cache in the type in which `transformer` computes."""
+    config, dtype = transformer.config, next(transformer.parameters()).dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    return KVCache(config.layers, rows, config.heads, slots, config.head_dim, device=device, dtype=dtype)
 
 
 def _without_padding(mask: Tensor | None, padding: Tensor, slots: slice) -> Tensor:
