@@ -33,6 +33,17 @@ def sequence(n_tokens: int, prefix: int = 1) -> Plan:
     return next_token([(index,) for index in range(n_tokens)], range(n_tokens), prefix)
 
 
+def raster_or_sequence(grid: Grid | None, n_tokens: int | None, prefix: int = 1) -> Plan:
+    """Next-token over a grid or over a row, whichever is given.
+
+    Raises:
+        ValueError: both are given, or neither.
+    """
+    if (grid is None) == (n_tokens is None):
+        raise ValueError("give exactly one of grid (2-D tokens) and n_tokens (1-D tokens)")
+    return raster((grid[0], grid[1]), prefix) if grid is not None else sequence(int(n_tokens or 0), prefix)
+
+
 def next_token(places: Sequence[tuple[int, ...]], perm: Sequence[int], prefix: int = 1, grid: Grid | None = None) -> Plan:
     """One token after the other in any order (RAR's, RandAR's): slot i holds token `perm[i-1]` and predicts `perm[i]`.
 

@@ -31,7 +31,7 @@ class TransformerConfig:
         heads: attention heads; must divide `dim`.
         norm: `rms` (LlamaGen: eps 1e-5, with weight), `layer` (RAR: LayerNorm, eps 1e-6), `plain` (VAR: that without weights).
         final_norm: before the head; `None`: as `norm`.
-        mlp: `swiglu`, or four times as wide `gelu` (tanh approximation) or `gelu_exact` (RAR; dropout on its hidden layer too).
+        mlp: `swiglu`, `gelu` (its tanh approximation), or `gelu_exact` (RAR; dropout on its hidden layer too).
         bias: of attention and feed-forward (a SwiGLU has none).
         qk_norm: of queries and keys.
         qk_eps: of their LayerNorm (RAR 1e-6, GigaTok 1e-5).
@@ -39,6 +39,7 @@ class TransformerConfig:
         modulation: adaptive layer norm: a projection of the condition for each block, or a `shared` one to which each block
             adds its own vectors.
         multiple_of: the hidden width of a SwiGLU is rounded up to a multiple of this.
+        hidden: width of the GELU's hidden layer; `None`: four times `dim`.
         attention_dropout: rate on the attention weights.
         resid_dropout: rate after the attention's output projection.
         ffn_dropout: rate after the feed-forward.
@@ -60,6 +61,7 @@ class TransformerConfig:
     attention_scale: float | None = None
     modulation: Modulation = "none"
     multiple_of: int = 256
+    hidden: int | None = None
     attention_dropout: float = 0.0
     resid_dropout: float = 0.0
     ffn_dropout: float = 0.0
@@ -88,7 +90,8 @@ MLPS: dict[str, Callable[[TransformerConfig], nn.Module]] = {
 
 
 def _gelu(config: TransformerConfig, exact: bool) -> nn.Module:
-    return GELUFeedForward(config.dim, _GELU_RATIO * config.dim, config.bias != "none", config.ffn_dropout, exact)
+    hidden = config.hidden or _GELU_RATIO * config.dim
+    return GELUFeedForward(config.dim, hidden, config.bias != "none", config.ffn_dropout, exact)
 
 
 class Block(nn.Module):
