@@ -99,7 +99,8 @@ class Plan:
     @cached_property
     def shift(self) -> bool:
         """Slots predict another token than the one they hold (next-token), not their own (masked, next-scale)."""
-        return any(token >= 0 and token not in heads for token, heads in zip(self.holds, self.predicts, strict=True))
+        pairs = zip(self.holds, self.predicts, strict=True)
+        return any(token >= 0 and max(heads) >= 0 and token not in heads for token, heads in pairs)
 
     @cached_property
     def revealed_at(self) -> tuple[int, ...]:
