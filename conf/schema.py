@@ -73,6 +73,9 @@ class Optim(Node):
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="decay of the first and second moments")
     eps: PositiveFloat = Field(1e-8, description="added to the denominator")
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled (AdamW)")
+    weight_decay_end: NonNegativeFloat | None = Field(
+        None, description="what weight_decay moves to over the run, along half a cosine; null: it stays"
+    )
     decay_vectors: bool = Field(False, description="decay biases, norms and other one-dimensional parameters too")
     clip: NonNegativeFloat = Field(1.0, description="largest gradient norm; 0 does not clip")
 
@@ -81,7 +84,11 @@ class ScheduleConfig(Node):
     """Learning rate over the run, as a factor of `optim.lr`."""
 
     kind: Literal["constant", "cosine", "linear", "wsd", "drops"] = Field("constant", description="shape after the warm-up")
-    warmup: Length = Field(0, description="linear, from 0")
+    warmup: Length = Field(0, description="linear, from `first`")
+    first: Fraction = Field(0.0, description="factor that the warm-up starts from")
+    hold: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the run after the warm-up before linear begins to fall"
+    )
     floor: Fraction = Field(0.0, description="factor at the end")
     decay: Fraction = Field(0.2, description="share of the run that wsd decays over")
     drops: list[Length] = Field([], description="when the kind drops multiplies by `drop`")
@@ -225,6 +232,28 @@ class Sampling(Node):
     greedy: bool = Field(False, description="always the likeliest code")
     cache: bool = Field(True, description="keep keys and values; false recomputes them (slow, for comparison)")
     compile: bool = Field(False, description="torch.compile the decode step; worth it for many samples on a GPU")
+    steps: Varying | None = Field(None, description="block diffusion: steps in each block or sub-block; null: one a token")
+    reveal: Literal["confidence", "threshold", "maskgit", "first_hitting", "entropy", "adaptive"] | None = Field(
+        None, description="block diffusion: which tokens each step reveals; null: confidence"
+    )
+    pace: Literal["uniform", "cosine"] | None = Field(
+        None, description="block diffusion: equally many tokens a step, or few first; null: cosine for maskgit, else uniform"
+    )
+    threshold: Fraction | None = Field(
+        None, description="reveal=threshold or adaptive: confidence from which on a token is revealed; null: 0.9"
+    )
+    reveal_noise: NonNegativeFloat | None = Field(
+        None, description="reveal=maskgit: Gumbel noise on the log of confidence, fading to 0; null: 4.5"
+    )
+    entropy_budget: NonNegativeFloat | None = Field(
+        None, description="reveal=entropy: sum of a step's entropies, adaptive: how far it may rise; nats; null: 0.35"
+    )
+    sub_block: PositiveInt | None = Field(
+        None, description="block diffusion: tokens of the parts of a block that are finished one by one; null: the whole block"
+    )
+    sub_block_cache: bool = Field(
+        False, description="compute a sub-block alone after its first step, the rest of its block as it was then (approximate)"
+    )
 
 
 class GeneratorRun(Spine):
@@ -262,6 +291,13 @@ class Prepare(Node):
     on_bad: Literal["skip", "fail"] = Field("skip", description="list a bad image in bad.jsonl and go on, or stop at the first")
 
 
+class TextFeatures(Node):
+    """A frozen encoder of captions."""
+
+    path: Text = Field(description="folder or hub id of a T5 or CLIP of transformers")
+    tokens: PositiveInt = Field(120, description="slots of a text; longer ones are cut, shorter ones padded at the left")
+
+
 class Encode(Node):
     """`tokar encode`."""
 
@@ -277,6 +313,7 @@ class Encode(Node):
     splits: list[str] = Field(["train", "val"], min_length=1, description="to encode")
     batch_size: PositiveInt = Field(64, description="images at once")
     shard_size: PositiveInt = Field(16384, description="images per shard")
+    text: TextFeatures | None = Field(None, description="also the features of the captions (.txt beside each image)")
     seed: NonNegativeInt = 0
     strategy: Strategy
 
@@ -291,6 +328,10 @@ class Sample(Node):
     out: Text | None = Field(None, description="null: the samples folder of the run")
     count: PositiveInt = Field(64, description="images")
     classes: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = Field(None, description="null cycles through all")
+    prompts: Annotated[list[Text], Field(min_length=1)] | Text | None = Field(
+        None, description="texts to draw in turn, or a file with one on each line; for a generator of texts"
+    )
+    text_encoder: Text | None = Field(None, description="where it lies; null: where it lay when the captions were encoded")
     seed: NonNegativeInt = Field(0, description="sample i depends on (seed, i) alone")
     batch_size: PositiveInt = Field(64, description="images at once")
     save: list[Literal["grid", "folder", "npz", "codes"]] = Field(["grid"], min_length=1, description="what to write")

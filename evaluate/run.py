@@ -180,6 +180,7 @@ class Task:
         opened = self._opened_generator()
         generator, tokenizer = opened.generator, opened.tokenizer
         sampling = Sampling.model_validate({**self._run_config.get("sampling", {}), **self.sampling}).model_dump()
+        opened.check_guidance(sampling["guidance"])
         count = self.config.count or reference_batches(self._data, self._reference_split, 1, None)[1]
         labels = class_ids(count, None, generator.num_classes)
         with progress_bar(None, count, "sampling") as advance:

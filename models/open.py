@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import UserError
 from .build import load_model, locate_model, model_facts, weights_hash
 from .generators.base import Generator
+from .samplers.guidance import Varying, check_guidance
 from .tokenizers.base import Tokenizer
 
 
@@ -42,6 +43,10 @@ class OpenedGenerator:
     generator: Generator
     tokenizer: Tokenizer
     facts: dict[str, Any]
+
+    def check_guidance(self, guidance: Varying) -> None:
+        """Make sure that the generator can be guided so; see `samplers.guidance.check_guidance`."""
+        check_guidance(guidance, self.generator.plan, self.facts.get("class_dropout", 1.0))
 
 
 def open_generator(path: Path, *, tokenizer: Path | None = None, ema: bool = True) -> OpenedGenerator:

@@ -15,6 +15,7 @@ from ..data.stream import Dataset, Stream
 from ..errors import UserError
 from ..evaluate.reference import augmented_split, plain_split
 from ..models.build import resolve_target, weights_hash
+from ..models.generators.conditions import TextCondition
 from ..models.open import open_tokenizer
 from ..models.tokenizers.base import Tokenizer
 from ..models.tokenizers.layout import TokenLayout
@@ -59,12 +60,18 @@ def build_generator(config: GeneratorRun, workers: Workers) -> Built:
     if tokenizer is None and origin:
         workers.warn(f"{origin['path']}: the tokenizer of these codes is not here; no pictures are drawn while training")
     train, validate = _code_splits(config, tokenizer) if config.codes.path else image_splits(config.data)
-    _check_labels(train)
+    if not config.generator.get("condition"):
+        _check_labels(train)
     layout = TokenLayout.from_dict(train.layout) if isinstance(train, CodeDataset) else _layout_of(tokenizer, config.data)
     known = {"num_classes": len(train.classes), **sizes_of(layout)}
-    facts = {"layout": layout.to_dict(), "classes": train.classes, "tokenizer": origin}
+    facts = {
+        "layout": layout.to_dict(), "classes": train.classes, "tokenizer": origin, "class_dropout": config.class_dropout,
+        "text": getattr(train, "text", None),
+    }  # fmt: skip
     stage = GeneratorStage(config, fill(config.generator, known), tokenizer, facts)
     stage.generator.plan.check(layout)
+    if stage.generator.text is not None:
+        _check_texts(stage.generator.text, train, validate)
     return _built(config, workers, stage, train, validate)
 
 
@@ -133,6 +140,18 @@ def _check_labels(data: ImageDataset | CodeDataset) -> None:
         raise UserError(
             "the data has no classes", where=data.folder, fix="prepare it from folders of classes, or with .cls files"
         )
+
+
+def _check_texts(wanted: TextCondition, *splits: ImageDataset | CodeDataset) -> None:
+    for data in splits:
+        text = data.text if isinstance(data, CodeDataset) else None
+        if text is None:
+            raise UserError(
+                "a generator of texts, but no text features beside the codes",
+                where=data.folder if isinstance(data, CodeDataset) else "codes.path",
+                fix="encode with text=t5 (captions as .txt in the image shards), or choose a generator of classes",
+            )
+        wanted.check_shape(text["tokens"], text["features"])
 
 
 def check_image_size(image_size: int, layout: TokenLayout) -> None:
