@@ -64,12 +64,19 @@ class Network:
         self._fabric.backward(loss * self._weight, model=self.wrapped)
         self._pending = True
 
-    def step(self, lr_factor: float) -> Tensor | None:
-        """Clip, update, clear. Returns the gradient norm before clipping; `None` when there was no backward since."""
+    def step(self, lr_factor: float, weight_decay: float | None = None) -> Tensor | None:
+        """Clip, update, clear. Returns the gradient norm before clipping; `None` when there was no backward since.
+
+        Args:
+            lr_factor: of the configured learning rate.
+            weight_decay: of the parameters that are decayed; `None`: as it was.
+        """
         if not self._pending:
             return None
         for group in self.optimizer.param_groups:
             group["lr"] = self.trainable.optim.lr * lr_factor
+            if weight_decay is not None and group["decayed"]:
+                group["weight_decay"] = weight_decay
         clip = self.trainable.optim.clip or float("inf")
         norm = self._fabric.clip_gradients(self.wrapped, self._stepper, max_norm=clip, error_if_nonfinite=False)
         self._stepper.step()

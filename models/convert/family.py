@@ -24,10 +24,12 @@ class Family(ABC):
     Attributes:
         name: what users write, e.g. `llamagen_vq`.
         parts: the groups of tensors (`state.*`, `vqvae.*`, …) that a parity file of this family holds.
+        wrapper: where its weights lie in a checkpoint that holds those of other networks too, `""`: nowhere special.
     """
 
     name: str
     parts: tuple[str, ...] = ("state",)
+    wrapper: str = ""
 
     @abstractmethod
     def recognise(self, shapes: Shapes) -> bool:

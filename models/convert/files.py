@@ -54,7 +54,7 @@ def convert_file(
     Raises:
         UserError: unreadable, of no known family, or the weights do not fit it.
     """
-    state, wrapper = unwrap(read_checkpoint(path), where=path)
+    state, wrapper = unwrap(read_checkpoint(path), where=path, prefer=families.get(family).wrapper if family else "")
     chosen = families.get(family) if family else families.recognise(state, where=path)
     if not chosen.recognise(shapes_of(state)):
         raise UserError(f"is not of the family {chosen.name}", where=path, fix="leave the family out: it is recognised")

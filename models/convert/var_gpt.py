@@ -44,6 +44,7 @@ _PUBLISHED = (
     (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
 )
 _HEAD_DIM = 64
+_MLP_RATIO, _EPS = 4, 1e-6
 
 
 class VARGPT(Family):
@@ -51,6 +52,7 @@ class VARGPT(Family):
 
     name = "var"
     parts = ("vqvae", "var")
+    wrapper = "var_wo_ddp"
 
     def recognise(self, shapes: Shapes) -> bool:
         """By the tables of places and levels, and the fused projection under their names."""
@@ -64,6 +66,7 @@ class VARGPT(Family):
         shared, unit = "shared_ada_lin.1.weight" in shapes, "blocks.0.attn.scale_mul_1H11" in shapes
         check_against(config, {**found, "vocab_size": shapes["head.weight"][0]})
         check_against(config, {"shared_aln": shared, "attn_l2_norm": unit, "z_channels": embed_dim})
+        check_against(config, {"mlp_ratio": _MLP_RATIO, "norm_eps": _EPS})
         heads = shapes["blocks.0.attn.scale_mul_1H11"][1] if unit else int(config.get("num_heads", dim // _HEAD_DIM))
         return {
             "_target_": "tokar.models.generators.next_scale.NextScale",
@@ -85,6 +88,8 @@ class VARGPT(Family):
         for name, value in state.items():
             if found := _BIAS.fullmatch(name):
                 other = state.get(f"blocks.{found[1]}.attn.v_bias")
+                if found[2] == "zero_k_bias" and not value.is_meta and value.any():
+                    raise UserError("a bias of the keys that is not zero", where=name, fix="VAR has none: use its own weights")
                 if found[2] == "q_bias" and other is not None:
                     ours[f"transformer.blocks.{found[1]}.attention.qv_bias"] = torch.stack((value, other))
             elif name not in (_LEVELS, _MASK):

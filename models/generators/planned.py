@@ -5,6 +5,7 @@ Shapes: `B` batch, `N` tokens of an image, `S` slots, `L` slots of one pass, `U`
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -34,6 +35,12 @@ class Facts:
             with torch.inference_mode(False):  # kept for training, where a tensor born in inference mode is refused
                 self._copies[device] = self._value.to(device)
         return self._copies[device]
+
+
+@functools.lru_cache(maxsize=256)
+def facts_of(plan: Plan) -> tuple[Facts, Facts]:
+    """The mask `[S, S]` of a plan, and where each token of the layout stands in its order `[N]`; shared by all who ask."""
+    return Facts(visible(plan)), Facts(torch.tensor(plan.perm, device="cpu").argsort())
 
 
 @dataclass
@@ -82,11 +89,13 @@ class PlannedGenerator(Generator):
         self, plan: Plan, vocab_size: int, num_classes: int, config: TransformerConfig, label_smoothing: float = 0.0
     ) -> None:
         super().__init__()
-        self.plan, self.vocab_size, self.num_classes = plan, vocab_size, num_classes
+        self.vocab_size, self.num_classes = vocab_size, num_classes
         self.label_smoothing = label_smoothing
         self.transformer = Transformer(config)
-        self._mask = Facts(visible(plan))
-        self._layout_order = Facts(torch.tensor(plan.perm, device="cpu").argsort())
+        self._follow(plan)
+
+    def _follow(self, plan: Plan) -> None:
+        self.plan, self._mask, self._layout_order = plan, *facts_of(plan)
 
     @abstractmethod
     def _fill(self, codes: Tensor, condition: Tensor, slots: slice, carry: Tensor | None) -> Tensor:

@@ -13,7 +13,10 @@ from transformers import ConvNextConfig, ConvNextForImageClassification, Dinov2C
 
 TEXTS = {path.stem: path.read_text() for path in sorted(ROOT.glob("experiment/*.yaml"))}
 STAGES = {name: re.search(r"^stage: (\w+)", text, re.MULTILINE)[1] for name, text in TEXTS.items()}
-TOKENIZERS = {"ar_probe": "digits_vqgan", "digits_llamagen": "digits_vqgan", "llamagen_b": "llamagen_vq16"}
+TOKENIZERS = {
+    "ar_probe": "digits_vqgan", "digits_llamagen": "digits_vqgan", "llamagen_b": "llamagen_vq16",
+    **{name: "var_vqvae" for name in TEXTS if name.startswith("var_d")},
+}  # fmt: skip
 """Whose codes each generator learns here."""
 CUT = {
     "llamagen_vq": ["tokenizer.encoder.width=32", "tokenizer.quantizer.codebook_size=64"],
@@ -32,6 +35,8 @@ CUT = {
     ],
     "ibq": ["tokenizer.encoder.width=32", "tokenizer.quantizer.codebook_size=64"],
     "magvit2": ["tokenizer.encoder.width=32"],
+    "var_d": ["generator.dim=64", "generator.layers=2", "generator.heads=2"],
+    "var_d36_512": ["data.image_size=256"],
     "llamagen_b": ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32"],
 }  # fmt: skip
 """By the beginning of a name: what makes a recipe small while its shape, losses and optimizers stay."""
