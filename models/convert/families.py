@@ -21,6 +21,7 @@ _FAMILIES = {
     "gigatok_2d": "gigatok.GigaTok2D",
     "var_vqvae": "var.VARVQVAE",
     "var": "var_gpt.VARGPT",
+    "rar": "rar.RARGenerator",
     "open_magvit2": "seed_voken.OpenMAGVIT2",
     "ibq": "seed_voken.IBQTokenizer",
     "titok": "titok.TiTok",
