@@ -165,6 +165,7 @@ class NextToken(PlannedGenerator):
         if not state.compiled or unit == 0:
             return super().propose(state, unit)
         position = torch.tensor([self.plan.span(unit).start], device=state.codes.device)
+        state.calls += 1
         return _compiled_step()(self, state.codes[:, unit - 1 : unit], state.condition, position, state.cache)
 
     def _step(self, previous: Tensor, condition: Tensor, position: Tensor, cache: KVCache) -> Tensor:
