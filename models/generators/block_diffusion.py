@@ -19,10 +19,10 @@ from ...ranges import Fraction, PositiveInt
 from ..attention import Context, KVCache, rope_table
 from ..layers import init_normal
 from .base import StepwiseGenerator
+from .block_plan import block_plan
 from .masking import LEAST, BlockMask, block_sizes, calmest_window, window_moments
-from .next_token import NextToken
-from .orders import blocks, cells, chunks, scale_blocks, tiles
-from .plan import Plan, visible
+from .next_token import QK_EPS, NextToken
+from .plan import visible
 from .planned import DecodeState, Facts, make_cache
 from .transformer import Transformer, TransformerConfig
 
@@ -98,7 +98,7 @@ class BlockDiffusion(StepwiseGenerator):
             raise ValueError("complementary masks hide every token once, whatever t is; set weight to mean")
         super().__init__()
         self.vocab_size, self.num_classes = vocab_size, num_classes
-        self.plan = _make_plan(grid, n_tokens, grids, block, block_size)
+        self.plan = block_plan(grid, n_tokens, grids, block, block_size)
         self.shift, self.weight, self.level = shift, weight, level
         self.adapt_window, self.complementary, self.token_dropout = adapt_window, complementary, token_dropout
         self.transformer = Transformer(
@@ -107,6 +107,7 @@ class BlockDiffusion(StepwiseGenerator):
                 layers,
                 heads,
                 qk_norm="layer" if qk_norm else "none",
+                qk_eps=QK_EPS,
                 modulation=modulation,
                 multiple_of=multiple_of,
                 resid_dropout=resid_dropout,
@@ -235,12 +236,15 @@ class BlockDiffusion(StepwiseGenerator):
         x = self.tokens(ids)
         return x if self.positions is None else x + self.positions[self._place.on(ids.device)[slots]]
 
+    def _prefix(self, condition: Tensor) -> Tensor:
+        """The class's slot, `[B, 1, C]`, which modulates too (GigaTok's)."""
+        x = self.classes(condition)[:, None]
+        return x if self.positions is None else x + self.positions[:1]
+
     def _embed_clean(self, codes: Tensor, condition: Tensor) -> Tensor:
         """The class and the clean slots of codes `[B, L]`: `[B, 1 + L, C]`."""
         first, count = self.plan.n_tokens + 1, codes.shape[1]
-        prefix = self.classes(condition)[:, None]
-        prefix = prefix if self.positions is None else prefix + self.positions[:1]
-        return torch.cat((prefix, self._embed(codes, slice(first, first + count))), dim=1)
+        return torch.cat((self._prefix(condition), self._embed(codes, slice(first, first + count))), dim=1)
 
     def _pass(
         self, x: Tensor, condition: Tensor, slots: slice, cache: KVCache | None = None, mask: Tensor | None = None
@@ -248,7 +252,7 @@ class BlockDiffusion(StepwiseGenerator):
         """Hidden states of consecutive slots with inputs `x`."""
         x = F.dropout(x, self.token_dropout, self.training)
         rope = None if self._rotary is None else self._rotary.on(x.device)[:, slots]
-        signal = None if self.transformer.final is None else self.classes(condition)[:, None]
+        signal = None if self.transformer.final is None else self._prefix(condition)
         return self.transformer(x, Context(rope, mask=mask, cache=cache), signal)
 
     # ---- generation: the cache holds the class and the clean slots of committed blocks
@@ -348,36 +352,3 @@ class BlockDiffusion(StepwiseGenerator):
         state.condition, state.codes = state.condition[:rows], state.codes[:rows].clone()
         state.carry = state.carry[:rows]
         state.use_rows(rows)
-
-
-def _make_plan(
-    grid: tuple[int, int] | None,
-    n_tokens: int | None,
-    grids: Sequence[Sequence[int]] | None,
-    block: str,
-    size: int,
-) -> Plan:
-    """The blocks; tokens of several scales have places in a row, as a next-token model gives them."""
-    if grid is None and n_tokens is None:
-        raise ValueError("no tokens; give grid (2-D tokens) or n_tokens (1-D tokens)")
-    if grid is not None:
-        grid = (grid[0], grid[1])
-        return blocks(cells(grid), _groups_of_grid(grid, block, size), grid)
-    count = int(n_tokens or 0)
-    places = [(index,) for index in range(count)]
-    if block == "scales":
-        if grids is None:
-            raise ValueError("tokens without scales have no block of that kind; choose chunks")
-        return blocks(places, scale_blocks([rows * columns for rows, columns in grids]))
-    if block != "chunks":
-        raise ValueError(f"tokens in a row have no {block}; choose chunks")
-    return blocks(places, chunks(count, size))
-
-
-def _groups_of_grid(grid: tuple[int, int], block: str, size: int) -> list[list[int]]:
-    """Tokens of each block of a grid."""
-    if block == "scales":
-        raise ValueError("a grid has no scales; choose chunks, rows or tiles")
-    if block == "chunks":
-        return chunks(grid[0] * grid[1], size)
-    return tiles(grid, (size, grid[1]) if block == "rows" else (size, size))

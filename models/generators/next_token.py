@@ -34,7 +34,7 @@ SIZES = {
     "3B": (3200, 24, 32),
     "7B": (4096, 32, 32),
 }
-_QK_EPS = 1e-5  # GigaTok's, PyTorch's default
+QK_EPS = 1e-5  # GigaTok's, PyTorch's default
 
 
 class NextToken(PlannedGenerator):
@@ -88,7 +88,7 @@ class NextToken(PlannedGenerator):
             layers,
             heads,
             qk_norm="layer" if qk_norm else "none",
-            qk_eps=_QK_EPS,
+            qk_eps=QK_EPS,
             modulation=modulation,
             multiple_of=multiple_of,
             resid_dropout=resid_dropout,
