@@ -16,9 +16,6 @@ from .orders import diagonals
 from .planned import Facts
 from .transformer import TransformerConfig
 
-# The published sizes: width, blocks (one more for the head below), heads.
-SIZES = {"M": (1024, 18, 16), "L": (1024, 24, 16), "XL": (1280, 36, 20), "XXL": (1536, 48, 24)}
-
 
 class NAR(GridTransformer):
     """NAR: a slot predicts its token's right neighbour, and after one more block the one below.

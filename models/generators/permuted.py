@@ -15,8 +15,6 @@ from .orders import raster_or_sequence
 from .planned import Facts, PlannedGenerator
 from .transformer import TransformerConfig
 
-# The published sizes: width, blocks, heads, hidden width of the feed-forward.
-SIZES = {"B": (768, 24, 16, 3072), "L": (1024, 24, 16, 4096), "XL": (1280, 32, 16, 5120), "XXL": (1408, 40, 16, 6144)}
 _PREFIX = 2
 _STD = 0.02
 
@@ -46,6 +44,9 @@ class RAR(PlannedGenerator):
     Raises:
         ValueError: the heads do not divide the width, not exactly one of `grid` and `n_tokens`, or an end before its start.
     """
+
+    undecayed = ("tokens.weight", "positions", "targets", "steps", "final.weight")
+    """As RAR's trainer has it."""
 
     def __init__(
         self,

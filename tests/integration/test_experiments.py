@@ -21,6 +21,8 @@ TOKENIZERS = {
     **{f"llamagen_{size}": "llamagen_vq16" for size in ("b", "l", "xl", "xxl", "3b", "t2i_xl")},
     **{name: "gigatok_bl" for name in TEXTS if name.startswith(("gigatok_gpt_", "d_ar_"))},
     **{name: "var_vqvae" for name in TEXTS if name.startswith("var_d")},
+    **{name: "ibq_1024" for name in TEXTS if name.startswith("rar_")},
+    **{name: "llamagen_vq16" for name in TEXTS if name.startswith(("nar_", "par_"))},
     **{name: "flexvar_tokenizer" for name in TEXTS if name.startswith("flexvar_d")},
 }  # fmt: skip
 """Whose codes each generator learns here."""
@@ -43,6 +45,11 @@ CUT = {
     "magvit2": ["tokenizer.encoder.width=32"],
     "flexvar_tokenizer": ["tokenizer.encoder.width=32", "tokenizer.quantizer.codebook_size=64"],
     "flexvar_d": ["generator.dim=64", "generator.layers=2", "generator.heads=2"],
+    "rar_": ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.hidden=128"],
+    "nar_": ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32"],
+    "par_": [
+        "generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32", "data.image_size=256",
+    ],
     "var_d": ["generator.dim=64", "generator.layers=2", "generator.heads=2"],
     "var_d36_512": ["data.image_size=256"],
     **{

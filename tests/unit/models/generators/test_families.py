@@ -1,16 +1,28 @@
 """What must hold of RAR, NAR and PAR alike."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokar.conf.compose import compose
+from tokar.models.build import build
 from tokar.models.generators.base import Generator
 from tokar.models.generators.diagonal import NAR
+from tokar.models.generators.orders import raster
 from tokar.models.generators.parallel import PAR
 from tokar.models.generators.permuted import RAR
 from tokar.models.samplers.decode import sample
+from tokar.models.samplers.guidance import parse_schedule
 
 VOCAB, CLASSES = 20, 5
+PUBLISHED = {  # millions of parameters with the published codebook
+    "rar_b": 260.9, "rar_l": 461.7, "rar_xl": 955.4, "rar_xxl": 1498.5,
+    "nar_m": 295.5, "nar_l": 372.5, "nar_xl": 816.0, "nar_xxl": 1464.5,
+    "par_xl_4x": 774.7, "par_xxl_4x": 1411.0, "par_3b_4x": 3096.7, "par_3b_16x": 3096.7,
+}  # fmt: skip
+STEPS = {"rar": 256, "nar": 31, "par": 147, "par_3b_16x": 51}
 SIZES = {"dim": 32, "layers": 2, "heads": 2}
 MAKE = {
     "rar": lambda: RAR(VOCAB, CLASSES, grid=(3, 4), spare_positions=3, **SIZES),
@@ -102,3 +114,22 @@ def test_every_parameter_learns(family: str) -> None:
 def test_state_holds_parameters_only(family: str) -> None:
     generator = make(family)
     assert set(generator.state_dict()) == {name for name, _ in generator.named_parameters()}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipes_build_the_published_networks(name: str) -> None:
+    config = compose("generator", [f"experiment={name}"]).typed
+    side = config.data.image_size // 16
+    sizes = {"vocab_size": 1024 if name.startswith("rar") else 16384, "num_classes": 1000, "grid": [side, side]}
+    with torch.device("meta"):
+        generator = build({**config.generator, **sizes})
+    assert sum(parameter.numel() for parameter in generator.parameters()) / 1e6 == pytest.approx(PUBLISHED[name], abs=0.05)
+    assert generator.plan.n_units == STEPS.get(name, STEPS[name[:3]])
+
+
+def test_guidance_of_rar_follows_its_power_cosine() -> None:
+    """1 + (S - 1)·(1 - cos(π·(i/N)^p))/2 at step i (its sampler; S 16, p 2.75)."""
+    guidance = compose("generator", ["experiment=rar_b"]).typed.sampling.guidance
+    scales = parse_schedule(guidance).over(raster((16, 16), 2))
+    for step in (0, 100, 255):
+        assert scales[step] == pytest.approx(1 + 15 * (1 - math.cos(math.pi * (step / 256) ** 2.75)) / 2)

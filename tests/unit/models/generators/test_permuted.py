@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tokar.models.generators.permuted import RAR, SIZES
+from tokar.models.generators.permuted import RAR
 
 VOCAB, CLASSES, GRID, TOKENS = 20, 5, (3, 4), 12
 
@@ -81,14 +81,10 @@ def test_modulation_begins_as_none() -> None:
     assert (before != after).any(dim=-1).flatten().nonzero().flatten().tolist() == [5]
 
 
-@pytest.mark.parametrize(("size", "millions"), [("B", 261), ("L", 462), ("XL", 955), ("XXL", 1499)])
-def test_published_sizes(size: str, millions: int) -> None:
-    dim, layers, heads, hidden = SIZES[size]
-    with torch.device("meta"):
-        generator = RAR(
-            1024, 1000, grid=(16, 16), dim=dim, layers=layers, heads=heads, hidden=hidden, spare_positions=1022, spare_steps=99
-        )
-    assert round(sum(parameter.numel() for parameter in generator.parameters()) / 1e6) == millions
+def test_what_is_not_decayed() -> None:
+    """Embeddings, positions, steps and the last modulation, as in the published trainer."""
+    names = [name for name, parameter in make().named_parameters() if parameter.ndim >= 2 and name.endswith(RAR.undecayed)]
+    assert names == ["positions", "targets", "steps", "transformer.final.weight", "tokens.weight"]
 
 
 @pytest.mark.parametrize(
