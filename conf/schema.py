@@ -126,6 +126,10 @@ class Strategy(Node):
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the arithmetic; weights stay in fp32")
     compile: bool = Field(False, description="torch.compile each network")
+    attention: Literal["auto", "sdpa", "flex", "flash"] = Field(
+        "auto",
+        description="kernel of a generator's attention; auto: flash-attn where it is installed and fits, else torch's sdpa",
+    )
     channels_last: bool = Field(True, description="memory format of convolutions")
     threads: NonNegativeInt = Field(0, description="CPU threads per process; 0 leaves torch's choice")
 
@@ -368,8 +372,13 @@ class Evaluate(Node):
     stage: Literal["evaluate"]
     paths: Paths
     target: Text = Field(description="a run, an exported model, an npz or a folder of images")
-    measure: Literal["quality", "prefixes", "crops"] = Field(
-        "quality", description="of a tokenizer also: images from the first tokens alone; details and text, for the report"
+    measure: Literal["quality", "prefixes", "crops", "likelihood"] = Field(
+        "quality",
+        description="of a tokenizer also: images from the first tokens alone; details and text, for the report; of a generator "
+        "also: bits of held-out codes",
+    )
+    draws: Annotated[int, Field(ge=2)] = Field(
+        4, description="measure=likelihood: of the bound of each image (block diffusion)"
     )
     probe: Probe | None = Field(None, description="probe=linear: measure how much of the class the tokens tell")
     data: Data | None = None

@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .kernels import HALF, Kernel, flash, flex, sdpa
 
 
 def rope_table(coords: Sequence[Sequence[int]], head_dim: int, base: float = 10000.0) -> Tensor:
@@ -105,12 +107,16 @@ class Context:
         causal: the mask is the lower triangle.
         mask: bool, broadcast to `[B, H, L, S]`, true where a key is visible; `None` with `causal` false: all are visible.
         cache: keys and values of earlier slots.
+        kernel: which one to take; flex where there are `blocks`, flash where there is no `mask`, else sdpa runs.
+        blocks: a BlockMask that says what `mask` and `causal` say.
     """
 
     rope: Tensor | None = None
     causal: bool = False
     mask: Tensor | None = None
     cache: KVCache | None = None
+    kernel: Kernel = "sdpa"
+    blocks: Any = None
 
 
 def attend(
@@ -126,9 +132,11 @@ def attend(
         scale: of the scores; `None`: `1/sqrt(D)`.
         dropout: rate on the weights.
     """
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=context.mask, dropout_p=dropout, is_causal=context.causal, scale=scale
-    )
+    if context.kernel == "flex" and context.blocks is not None and not dropout:
+        return flex(query, key, value, context.blocks, scale)
+    if context.kernel == "flash" and context.mask is None and not dropout and value.dtype in HALF and value.is_cuda:
+        return flash(query, key, value, context.causal, scale)
+    return sdpa(query, key, value, context.mask, context.causal, scale, dropout)
 
 
 Bias = Literal["none", "keyless", "all"]

@@ -16,6 +16,8 @@ from ..conf.schema import Ema as EmaConfig
 from ..conf.schema import Optim
 from ..conf.schema import Strategy as StrategyConfig
 from ..models.build import pick_device
+from ..models.generators.base import Generator
+from ..models.kernels import choose
 from .ema import Ema
 from .optim import make_optimizer
 
@@ -123,8 +125,17 @@ class Workers:
         self.fabric.launch()
 
     def wrap(self, trainables: dict[str, Trainable], ema: EmaConfig | None) -> dict[str, Network]:
-        """Put networks on their devices under their optimizers."""
+        """Put networks on their devices under their optimizers, and choose the kernel of their attention."""
+        for item in trainables.values():
+            if isinstance(item.module, Generator):
+                self._choose_attention(item.module)
         return {name: Network(self.fabric, item, ema, self.config) for name, item in trainables.items()}
+
+    def _choose_attention(self, generator: Generator) -> None:
+        half, causal = self.config.precision != "fp32", generator.plan.causal
+        generator.attention, why = choose(self.config.attention, self.device, half, causal)
+        if self.rank == 0:
+            sys.stderr.write(f"attention: {generator.attention} ({why})\n")
 
     @contextmanager
     def micro_batch(self, networks: dict[str, Network], weight: float, *, last: bool) -> Iterator[None]:

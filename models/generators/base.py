@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ..kernels import Kernel
 from ..tokenizers.base import Tokenizer
 from .conditions import TextCondition
 from .plan import Plan
@@ -30,6 +31,8 @@ class Generator(nn.Module, ABC):
     """It looks at partial reconstructions: see `bind`."""
     noise_size = 0
     """Numbers in [0, 1) that `loss` takes for each sample, by which it draws what it hides; 0: it hides nothing at random."""
+    attention: Kernel = "sdpa"
+    """The kernel of its attention, set by whoever runs it (see `kernels.choose`)."""
     exact = True
     """`token_nll` is the likelihood; else a bound that depends on the noise."""
 

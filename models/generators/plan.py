@@ -7,10 +7,11 @@ tokens that it predicts. Slots that are fed before the first step (a text prefix
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -208,6 +209,21 @@ def allow(query: Tensor, key: Tensor, noisy_query: Tensor, noisy_key: Tensor) ->
     """
     clean_key = (key < query) | ((key == query) & ~noisy_query)
     return torch.where(noisy_key, noisy_query & (key == query), clean_key)
+
+
+@functools.lru_cache(maxsize=64)
+def block_mask(plan: Plan, slots: int, device: torch.device) -> Any:
+    """`visible` of the first `slots` slots as a BlockMask of FlexAttention, by the same rule. Made once per plan and device."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    with torch.inference_mode(False):  # kept for training, as above
+        unit = torch.from_numpy(plan._units).to(device)
+        noisy = torch.from_numpy(plan._noisy).bool().to(device)
+
+        def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return allow(unit[query], unit[key], noisy[query], noisy[key])
+
+        return create_block_mask(rule, None, None, slots, slots, device=device)
 
 
 def visible(plan: Plan) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..attention import Context, KVCache
 from .base import Generator
-from .plan import Plan, visible
+from .plan import Plan, block_mask, visible
 from .transformer import Transformer, TransformerConfig
 
 
@@ -212,7 +212,10 @@ class PlannedGenerator(Generator):
         mask = self._mask.on(x.device)[slots, : slots.stop] if masked and not causal else None
         if padding is not None:
             mask = _without_padding(mask, padding, slots)
-        context = Context(self._rope(slots, x.device), causal=causal, mask=mask, cache=cache)
+        blocks = None
+        if self.attention == "flex" and masked and padding is None and slots.start == 0:
+            blocks = block_mask(self.plan, slots.stop, x.device)
+        context = Context(self._rope(slots, x.device), causal, mask, cache, self.attention, blocks)
         return self._transform(x, context, self._modulation(condition, slots))
 
     def _transform(self, x: Tensor, context: Context, modulation: Tensor | None) -> Tensor:
