@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data.stream import to_uint8
 from ..errors import UserError
 from ..models.generators.base import Generator
-from ..models.samplers.decode import sample
+from ..models.samplers.decode import Tally, sample
 from ..models.tokenizers.base import Tokenizer
 
 
@@ -40,6 +40,7 @@ def draw_codes(
     sampling: Mapping[str, Any],
     batch_size: int,
     on_batch: Callable[[int], None] | None = None,
+    tally: Tally | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Codes `[B, T]`, and of classes `label` `[B]`, on the CPU, for conditions `[N, …]` in order.
 
@@ -49,7 +50,7 @@ def draw_codes(
     for start in range(0, len(conditions), batch_size):
         part = conditions[start : start + batch_size]
         ids = torch.arange(start, start + len(part))
-        codes = sample(generator, part.to(device), seed=seed, sample_ids=ids, **sampling)
+        codes = sample(generator, part.to(device), seed=seed, sample_ids=ids, tally=tally, **sampling)
         if on_batch is not None:
             on_batch(len(part))
         yield {"codes": codes.cpu(), **({"label": part} if part.ndim == 1 else {})}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from ..evaluate.images import save_folder, save_grid, save_npz
 from ..evaluate.samples import class_ids, decode_batches, draw_codes
 from ..models.build import pick_device
 from ..models.open import OpenedGenerator, open_generator
+from ..models.samplers.decode import Tally
 from ..models.text import TextEncoder
 
 GRID_LIMIT = 1024
@@ -38,12 +40,15 @@ def sample(composed: Composed) -> int:
     opened.tokenizer.to(device)
     opened.check_guidance(config.sampling.guidance)
     conditions = _conditions(config, opened, device)
+    tally, begun = Tally(), time.perf_counter()
     with progress_bar(None, config.count, "sampling") as advance:
         drawn = draw_codes(
             opened.generator.to(device), conditions, seed=config.seed, sampling=config.sampling.model_dump(),
-            batch_size=config.batch_size, on_batch=advance,
+            batch_size=config.batch_size, on_batch=advance, tally=tally,
         )  # fmt: skip
         batches = list(drawn)  # codes are small; pictures are decoded as each file is written
+    speed = config.count / (time.perf_counter() - begun)
+    say(f"{config.count} images at {speed:.1f} a second, {tally.calls_per_image:g} network calls each")
     for path in _write(config, opened, batches, out):
         say(str(path))
     return 0
