@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...ranges import Fraction, PositiveInt
 from ..attention import Context
 from ..layers import RMSNorm
-from .grid import GridTransformer
+from .grid import GridTransformer, required
 from .orders import diagonals
 from .planned import Facts
 from .transformer import TransformerConfig
@@ -36,14 +36,14 @@ class NAR(GridTransformer):
         ffn_dropout: rate after each feed-forward.
 
     Raises:
-        ValueError: the heads have no room for 2-D rotary positions.
+        ValueError: there is no grid, the heads have no room for 2-D rotary positions.
     """
 
     def __init__(
         self,
         vocab_size: PositiveInt,
         num_classes: PositiveInt,
-        grid: tuple[int, int],
+        grid: tuple[int, int] | None = None,
         dim: PositiveInt = 1024,
         layers: PositiveInt = 24,
         heads: PositiveInt = 16,
@@ -55,7 +55,7 @@ class NAR(GridTransformer):
         config = TransformerConfig(
             dim, layers + 1, heads, multiple_of=multiple_of, resid_dropout=resid_dropout, ffn_dropout=ffn_dropout
         )
-        super().__init__(diagonals((grid[0], grid[1])), vocab_size, num_classes, config, token_dropout)
+        super().__init__(diagonals(required(grid)), vocab_size, num_classes, config, token_dropout)
         self.right_norm = RMSNorm(dim)
         self.below = nn.Linear(dim, vocab_size, bias=False)  # as published it does not begin at zero, the other head does
         nn.init.normal_(self.below.weight, std=0.02)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..attention import rope_table
 from ..layers import init_normal
+from .orders import Grid
 from .plan import Plan
 from .planned import Facts, PlannedGenerator
 from .transformer import TransformerConfig
@@ -64,3 +65,14 @@ class GridTransformer(PlannedGenerator):
 
     def _head(self, hidden: Tensor, first: int, last: int) -> Tensor:
         return self.head(hidden)
+
+
+def required(grid: tuple[int, int] | None) -> Grid:
+    """The grid that these generators cannot do without.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if grid is None:
+        raise ValueError("the tokens form no grid; choose a next-token generator, or codes of a tokenizer with a grid")
+    return grid[0], grid[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...ranges import Fraction, PositiveInt
-from .grid import GridTransformer
+from .grid import GridTransformer, required
 from .orders import parallel
 from .transformer import TransformerConfig
 
@@ -28,14 +28,14 @@ class PAR(GridTransformer):
         ffn_dropout: rate after each feed-forward.
 
     Raises:
-        ValueError: the regions do not divide the grid, or the heads have no room for 2-D rotary positions.
+        ValueError: there is no grid, the regions do not divide the grid, or the heads have no room for 2-D rotary positions.
     """
 
     def __init__(
         self,
         vocab_size: PositiveInt,
         num_classes: PositiveInt,
-        grid: tuple[int, int],
+        grid: tuple[int, int] | None = None,
         regions: tuple[PositiveInt, PositiveInt] = (2, 2),
         dim: PositiveInt = 1280,
         layers: PositiveInt = 36,
@@ -48,5 +48,5 @@ class PAR(GridTransformer):
         config = TransformerConfig(
             dim, layers, heads, multiple_of=multiple_of, resid_dropout=resid_dropout, ffn_dropout=ffn_dropout
         )
-        plan = parallel((grid[0], grid[1]), (regions[0], regions[1]))
+        plan = parallel(required(grid), (regions[0], regions[1]))
         super().__init__(plan, vocab_size, num_classes, config, token_dropout)

@@ -116,6 +116,12 @@ def test_state_holds_parameters_only(family: str) -> None:
     assert set(generator.state_dict()) == {name for name, _ in generator.named_parameters()}
 
 
+@pytest.mark.parametrize("family", [NAR, PAR])
+def test_tokens_without_a_grid_are_refused(family: type[Generator]) -> None:
+    with pytest.raises(ValueError, match="the tokens form no grid; choose a next-token generator"):
+        family(VOCAB, CLASSES, **SIZES)
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_recipes_build_the_published_networks(name: str) -> None:
     config = compose("generator", [f"experiment={name}"]).typed

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from tokar.models.generators.permuted import RAR
+from torch._dynamo.testing import CompileCounter
 
 VOCAB, CLASSES, GRID, TOKENS = 20, 5, (3, 4), 12
 
@@ -59,6 +60,20 @@ def test_orders_are_each_samples_own() -> None:
     generator.train()
     losses = {generator(codes, condition)["loss"].item() for _ in range(3)}
     assert len(losses) == 3
+
+
+def test_annealing_compiles_once() -> None:
+    """The probability moves at every step of a run; a number would be a constant of the compiled step."""
+    generator, counter = make(), CompileCounter()
+    compiled = torch.compile(generator.train(), backend=counter)
+    codes, condition, noise = torch.randint(VOCAB, (2, TOKENS)), torch.tensor([0, 1]), torch.rand(2, 1 + TOKENS)
+    seen = set()
+    for progress in (0.0, 0.6, 0.7):
+        generator.anneal(progress)
+        compiled(codes, condition, noise)
+        seen.add(counter.frame_count)
+    assert len(seen) == 1
+    torch._dynamo.reset()
 
 
 def test_dropout_of_attention_only_while_training() -> None:
