@@ -336,6 +336,12 @@ class Sample(Node):
         None, description="texts to draw in turn, or a file with one on each line; for a generator of texts"
     )
     text_encoder: Text | None = Field(None, description="where it lies; null: where it lay when the captions were encoded")
+    scales: Annotated[list[PositiveInt | list[PositiveInt]], Field(min_length=1)] | None = Field(
+        None, description="sides of the scales to draw, other than trained on: FlexVAR; null: as trained"
+    )
+    given: Text | None = Field(None, description="image of which a part stays; keep or mask says which")
+    keep: Literal["top", "bottom", "left", "right", "center", "border"] | None = Field(None, description="the part that stays")
+    mask: Text | None = Field(None, description="image whose bright parts are drawn anew")
     seed: NonNegativeInt = Field(0, description="sample i depends on (seed, i) alone")
     batch_size: PositiveInt = Field(64, description="images at once")
     save: list[Literal["grid", "folder", "npz", "codes"]] = Field(["grid"], min_length=1, description="what to write")

@@ -20,6 +20,7 @@ from ..models.build import pick_device
 from ..models.open import OpenedGenerator, open_generator
 from ..models.samplers.decode import Tally
 from ..models.text import TextEncoder
+from .paint import canvas
 
 GRID_LIMIT = 1024
 """Pictures in one grid: more is no picture any more."""
@@ -38,13 +39,14 @@ def sample(composed: Composed) -> int:
     place = Path(config.decode_with) if config.decode_with else None
     opened = open_generator(Path(config.model), tokenizer=place, ema=config.ema)
     opened.tokenizer.to(device)
+    opened, given = canvas(config, opened, device)
     opened.check_guidance(config.sampling.guidance)
     conditions = _conditions(config, opened, device)
     tally, begun = Tally(), time.perf_counter()
     with progress_bar(None, config.count, "sampling") as advance:
         drawn = draw_codes(
-            opened.generator.to(device), conditions, seed=config.seed, sampling=config.sampling.model_dump(),
-            batch_size=config.batch_size, on_batch=advance, tally=tally,
+            opened.generator.to(device), conditions, seed=config.seed,
+            sampling={**config.sampling.model_dump(), "given": given}, batch_size=config.batch_size, on_batch=advance, tally=tally,
         )  # fmt: skip
         batches = list(drawn)  # codes are small; pictures are decoded as each file is written
     speed = config.count / (time.perf_counter() - begun)

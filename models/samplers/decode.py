@@ -159,7 +159,7 @@ def sample(
         greedy: take the most likely token instead of drawing.
         cache: use the KV cache; without it every unit is a full pass.
         max_batch: draw at most this many samples at once. On a GPU that runs out of memory it is halved until it fits.
-        given: `[B, N]` codes that are fixed, -1 where a code is to be drawn (in- and out-painting).
+        given: `[B, N]` codes that are fixed, -1 where a code is to be drawn (in- and out-painting); `[1, N]`: of all samples.
         compile: run the decode step through `torch.compile`: worth it for many samples on a GPU.
         progress: called after every unit with tokens done and tokens in all.
         tally: is told what it cost.
@@ -180,6 +180,8 @@ def sample(
             "without a cache there is none of sub-blocks", where="sub_block_cache", fix="set it false, or cache true"
         )
     ids = range(len(condition)) if sample_ids is None else sample_ids.tolist()
+    if given is not None and len(given) == 1:
+        given = given.expand(len(condition), -1)
     _check_request(generator, condition, seed, ids, given)
     if max_batch is not None and max_batch < 1:
         raise UserError(f"{max_batch}", where="max_batch", fix="draw at least one sample at once")
