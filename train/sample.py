@@ -46,7 +46,8 @@ def sample(composed: Composed) -> int:
     with progress_bar(None, config.count, "sampling") as advance:
         drawn = draw_codes(
             opened.generator.to(device), conditions, seed=config.seed,
-            sampling={**config.sampling.model_dump(), "given": given}, batch_size=config.batch_size, on_batch=advance, tally=tally,
+            sampling={**config.sampling.model_dump(), "given": given},
+            batch_size=config.batch_size, on_batch=advance, tally=tally,
         )  # fmt: skip
         batches = list(drawn)  # codes are small; pictures are decoded as each file is written
     speed = config.count / (time.perf_counter() - begun)

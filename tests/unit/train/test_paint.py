@@ -16,7 +16,7 @@ from tokar.models.generators.next_token import NextToken
 from tokar.models.open import OpenedGenerator
 from tokar.models.samplers.decode import sample
 from tokar.models.tokenizers.base import Tokenizer
-from tokar.train.paint import canvas, half, kept_tokens
+from tokar.train.paint import canvas, half, kept_tokens, read_image
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,7 @@ def config_of(*overrides: str) -> object:
 
 @pytest.fixture
 def picture(tmp_path: Path) -> Path:
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "given.png")
     mask = np.zeros((32, 32), np.uint8)
     mask[:8] = 255
@@ -63,10 +63,16 @@ def test_what_is_kept_stays_and_the_rest_is_drawn(picture: Path, kind: str, keep
     assert (drawn[:, ~fixed[0]] != drawn[:1, ~fixed[0]]).any()
     assert not torch.equal(drawn, free)
     assert torch.equal(drawn, sample(model.generator, condition, seed=0, guidance=2.0, given=given, cache=False))
-    image = Image.open(picture).crop((4, 0, 44, 40)).resize((32, 32), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    pixels = torch.from_numpy(np.asarray(Image.open(picture)).copy()).permute(2, 0, 1)[None] / 127.5 - 1
     codes = model.tokenizer.encode(pixels).codes
     assert torch.equal(given[fixed], codes[fixed])
+
+
+def test_an_image_of_another_size_is_covered(tmp_path: Path) -> None:
+    pixels = np.zeros((20, 60, 3), np.uint8)
+    pixels[:, 20:40] = 255
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    assert (read_image(tmp_path / "wide.png", (32, 32)) == 255).all()
 
 
 def test_every_scale_keeps_its_part() -> None:
