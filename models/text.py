@@ -32,7 +32,7 @@ class TextEncoder:
     """
 
     def __init__(self, path: str, tokens: int = 120) -> None:
-        self._network = load_frozen(path, _KINDS, "a text encoder").eval().requires_grad_(False)
+        self._network = load_frozen(path, _KINDS, "T5 or CLIP").eval().requires_grad_(False)
         self._tokenizer = _load_tokenizer(path)
         self.path, self.tokens = path, tokens
         config = self._network.config

@@ -51,6 +51,8 @@ def encode(composed: Composed) -> int:
 def _encode_split(config: Encode, workers: Workers, tokenizer: Tokenizer, text: TextEncoder | None, split: str) -> None:
     views, transform = _views(config)
     images = ImageDataset(config.data.path, split, transform=transform, decoder=config.data.decoder)
+    if text is not None:
+        Captions(images).read(0)  # none at all is said before anything is written
     protocol: dict[str, Any] = {
         "views": config.views,
         "size": config.data.image_size,

@@ -68,7 +68,9 @@ def build_generator(config: GeneratorRun, workers: Workers) -> Built:
         "layout": layout.to_dict(), "classes": train.classes, "tokenizer": origin, "class_dropout": config.class_dropout,
         "text": getattr(train, "text", None),
     }  # fmt: skip
-    stage = GeneratorStage(config, fill(config.generator, known), tokenizer, facts)
+    node = fill(config.generator, known)
+    _check_complete(node, layout)
+    stage = GeneratorStage(config, node, tokenizer, facts)
     stage.generator.plan.check(layout)
     if stage.generator.text is not None:
         _check_texts(stage.generator.text, train, validate)
@@ -102,6 +104,17 @@ def sizes_of(layout: TokenLayout) -> dict[str, Any]:
     if first.grid is not None and not others:
         return {**sizes, "grid": first.grid}
     return {**sizes, "n_tokens": layout.total_tokens}
+
+
+def _check_complete(node: Mapping[str, Any], layout: TokenLayout) -> None:
+    target = resolve_target(node["_target_"])
+    asked = inspect.signature(target).parameters.items()
+    if missing := [name for name, asks in asked if asks.default is asks.empty and name not in node]:
+        raise UserError(
+            f"a {target.__name__} needs {', '.join(missing)}, which a {layout.kind} tokenizer does not have",
+            where="generator",
+            fix="choose a generator for these codes: var_… for scales, llamagen_… for one grid or a row",
+        )
 
 
 def find_tokenizer(config: GeneratorRun) -> tuple[Tokenizer | None, dict[str, Any]]:

@@ -198,7 +198,9 @@ def _checked(condition: nn.Module | None, num_classes: int, dim: int, modulation
     if not isinstance(condition, TextCondition):
         raise ValueError(f"{type(condition).__name__} reads no condition; give a TextCondition, or null for classes")
     if condition.dim != dim:
-        raise ValueError(f"a condition of width {condition.dim} in a generator of width {dim}; set condition.dim={dim}")
+        raise ValueError(
+            f"a condition of width {condition.dim} in a generator of width {dim}; set generator.condition.dim={dim}"
+        )
     if modulation != "none":
         raise ValueError("texts do not modulate; set modulation=none")
     return condition
@@ -214,5 +216,7 @@ def _rotary(plan: Plan, head_dim: int, positions: str) -> Tensor:
     coords = [(slot,) for slot in range(plan.n_slots)] if positions == "rotary_class" else plan.coords
     axes = len(coords[0])
     if head_dim % (2 * axes):
-        raise ValueError(f"a head is {head_dim} wide; {axes}-D rotary positions need a multiple of {2 * axes}")
+        raise ValueError(
+            f"a head is {head_dim} wide; {axes}-D rotary positions need a multiple of {2 * axes}; change dim or heads"
+        )
     return rope_table(coords, head_dim)

@@ -49,5 +49,5 @@ def test_what_is_no_text_encoder_is_refused(tmp_path):
         TextEncoder(str(tmp_path / "clip"), tokens=6)
     config = tmp_path / "clip" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "bert"}))
-    with pytest.raises(UserError, match="'bert', not a text encoder"):
+    with pytest.raises(UserError, match="'bert', not T5 or CLIP"):
         TextEncoder(str(tmp_path / "clip"), tokens=6)
