@@ -140,7 +140,10 @@ def bench_scales(config: Bench, workers: Workers) -> Row:
     sampling = config.sampling.model_dump(exclude={"cache"})
 
     def speed(generator: Generator) -> float:
-        return _rate(lambda: sample(generator, labels, seed=0, **sampling), config.seconds, device) * config.sample_batch
+        def draw() -> None:
+            sample(generator, labels, seed=0, **sampling)
+
+        return _rate(draw, config.seconds, device) * config.sample_batch
 
     token, scale = speed(by_token), speed(by_scale)
     return {
@@ -162,7 +165,7 @@ def _pyramid(grid: tuple[int, int]) -> list[list[int]]:
 
 def _scale_tokenizer(scales: Sequence[Sequence[int]]) -> MultiScaleVQ:
     """A multi-scale tokenizer with VAR's codes and no more of networks than a sampler asks for."""
-    half = {"width": 32, "multipliers": [1], "blocks": 1, "z_channels": 32}
+    half: dict[str, Any] = {"width": 32, "multipliers": [1], "blocks": 1, "z_channels": 32}
     return MultiScaleVQ(ConvEncoder(**half), ConvDecoder(**half), MultiScaleQuantizer(scales=scales))
 
 

@@ -51,9 +51,7 @@ def _refusal(path: Path, error: Exception) -> UserError:
     return UserError("is not a checkpoint, or is broken", where=path, fix="copy it again, or save it as safetensors")
 
 
-def unwrap(
-    checkpoint: Mapping[str, Any], *, where: object = None, prefer: str = ""
-) -> tuple[dict[str, Tensor], str]:
+def unwrap(checkpoint: Mapping[str, Any], *, where: object = None, prefer: str = "") -> tuple[dict[str, Tensor], str]:
     """The bare state dict, and the wrapper key it lay under (`""` when raw).
 
     The key `prefer` comes first, then averaged weights (`ema`), then `model`, `module`, `state_dict`; of VAR's trainer

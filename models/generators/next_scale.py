@@ -52,7 +52,7 @@ class ScaleGenerator(PlannedGenerator):
     """
 
     needs_tokenizer = True
-    undecayed = ("start", "positions", "levels.weight", "offset", "temperature", "qv_bias")
+    undecayed: tuple[str, ...] = ("start", "positions", "levels.weight", "offset", "temperature", "qv_bias")
 
     def __init__(
         self,
