@@ -23,6 +23,9 @@ TOKENIZERS = {
     **{name: "var_vqvae" for name in TEXTS if name.startswith("var_d")},
     **{name: "ibq_1024" for name in TEXTS if name.startswith("rar_")},
     **{name: "llamagen_vq16" for name in TEXTS if name.startswith(("nar_", "par_"))},
+    "digits_block4": "digits_vqgan",
+    **{name: "llamagen_vq16" for name in TEXTS if name.startswith("block") and "llamagen" in name},
+    **{name: "gigatok_bl" for name in TEXTS if name.startswith("block") and "gigatok" in name},
     **{name: "flexvar_tokenizer" for name in TEXTS if name.startswith("flexvar_d")},
 }  # fmt: skip
 """Whose codes each generator learns here."""
@@ -51,6 +54,7 @@ CUT = {
         "generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32", "data.image_size=256",
     ],
     "var_d": ["generator.dim=64", "generator.layers=2", "generator.heads=2"],
+    "block": ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32"],
     "var_d36_512": ["data.image_size=256"],
     **{
         start: ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32"]
@@ -165,6 +169,17 @@ def test_a_recipe_takes_a_step(take_step, name):
     run = take_step(name)
     assert (run / "checkpoints" / "step-00000001" / "COMPLETE").exists()
     assert '"train/loss"' in (run / "metrics.jsonl").read_text()
+
+
+def test_a_generator_of_texts_draws_prompts(take_step, start, folder):
+    run = take_step("llamagen_t2i_xl")
+    (folder / "prompts.txt").write_text("a dog\n\na red boat\n")
+    for prompts in ("[a dog,a red boat]", "prompts.txt"):
+        command = start(
+            folder, "sample", str(run), f"prompts={prompts}", "count=3", "save=[codes]", "sampling.top_k=4", "out=drawn"
+        )
+        assert command.wait() == 0, command.log.read_text()
+        assert np.load(folder / "drawn" / "codes.npy").shape == (3, 256)
 
 
 @pytest.mark.parametrize("name", sorted(TEXTS))

@@ -1,7 +1,9 @@
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokar.conf.overrides import ROOT
 from tokar.errors import UserError
 from tokar.models.build import build
 from tokar.models.generators.block_diffusion import BlockDiffusion
@@ -263,3 +265,18 @@ def test_what_does_not_fit_is_refused(arguments: dict[str, object], word: str) -
 def test_no_compiled_step() -> None:
     with pytest.raises(UserError, match="not compiled"):
         make().begin(CONDITION, compile=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("block4_llamagen_b", 4), ("block_row_llamagen_b", 16), ("block_2rows_llamagen_b", 32), ("block_tile_llamagen_b", 16)]
+    + [(f"block{size}_gigatok_b", size) for size in (4, 16, 32)],
+)
+def test_sizes_of_the_recipes(name: str, size: int) -> None:
+    """Those of the next-token models that they begin from, and one row of the token table."""
+    node = yaml.safe_load((ROOT / f"generator/{name}.yaml").read_text())
+    tokens, millions = ({"n_tokens": 256}, 111.1) if "gigatok" in name else ({"grid": [16, 16]}, 110.9)
+    with torch.device("meta"):
+        generator = build({**node, "vocab_size": 16384, "num_classes": 1000, **tokens})
+    assert sum(parameter.numel() for parameter in generator.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+    assert {len(generator.plan.tokens(unit)) for unit in range(generator.plan.n_units)} == {size}
