@@ -22,7 +22,7 @@ from .base import StepwiseGenerator
 from .block_plan import block_plan
 from .masking import LEAST, BlockMask, block_sizes, calmest_window, window_moments
 from .next_token import QK_EPS, NextToken
-from .plan import visible
+from .plan import block_mask, visible
 from .planned import DecodeState, Facts, make_cache
 from .transformer import Transformer, TransformerConfig
 
@@ -253,7 +253,9 @@ class BlockDiffusion(StepwiseGenerator):
         x = F.dropout(x, self.token_dropout, self.training)
         rope = None if self._rotary is None else self._rotary.on(x.device)[:, slots]
         signal = None if self.transformer.final is None else self._prefix(condition)
-        return self.transformer(x, Context(rope, mask=mask, cache=cache), signal)
+        whole = slots == slice(0, self.plan.n_slots)
+        flex = block_mask(self.plan, slots.stop, x.device) if self.attention == "flex" and whole else None
+        return self.transformer(x, Context(rope, False, mask, cache, self.attention, flex), signal)
 
     # ---- generation: the cache holds the class and the clean slots of committed blocks
 

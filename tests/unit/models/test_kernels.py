@@ -7,6 +7,7 @@ from tokar.errors import UserError
 from tokar.models import kernels
 from tokar.models.attention import Context, attend
 from tokar.models.generators.base import Generator
+from tokar.models.generators.block_diffusion import BlockDiffusion
 from tokar.models.generators.next_scale import NextScale
 from tokar.models.generators.next_token import NextToken
 from tokar.models.generators.orders import blocks, cells, diagonals, parallel, raster, scales, tiles
@@ -47,6 +48,18 @@ def next_scale() -> NextScale:
     generator = NextScale(16, 5, [(1, 1), (2, 2), (4, 4)], embed_dim=4, dim=32, layers=2, heads=2)
     generator.bind(tiny("multiscale"))
     return generator
+
+
+@torch.no_grad()
+def test_both_streams_of_block_diffusion_are_the_same_under_flex() -> None:
+    torch.manual_seed(0)
+    generator = BlockDiffusion(16, 5, n_tokens=8, block_size=4, dim=32, layers=2, heads=2, multiple_of=16).eval()
+    for parameter in generator.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    codes, condition, noise = torch.randint(16, (2, 8)), torch.tensor([0, 5]), torch.rand(2, generator.noise_size)
+    expected = generator.token_nll(codes, condition, noise)
+    generator.attention = "flex"
+    torch.testing.assert_close(generator.token_nll(codes, condition, noise), expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
