@@ -73,6 +73,9 @@ class Optim(Node):
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="decay of the first and second moments")
     eps: PositiveFloat = Field(1e-8, description="added to the denominator")
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled (AdamW)")
+    weight_decay_end: NonNegativeFloat | None = Field(
+        None, description="what weight_decay moves to over the run, along half a cosine; null: it stays"
+    )
     decay_vectors: bool = Field(False, description="decay biases, norms and other one-dimensional parameters too")
     clip: NonNegativeFloat = Field(1.0, description="largest gradient norm; 0 does not clip")
 
@@ -81,7 +84,11 @@ class ScheduleConfig(Node):
     """Learning rate over the run, as a factor of `optim.lr`."""
 
     kind: Literal["constant", "cosine", "linear", "wsd", "drops"] = Field("constant", description="shape after the warm-up")
-    warmup: Length = Field(0, description="linear, from 0")
+    warmup: Length = Field(0, description="linear, from `first`")
+    first: Fraction = Field(0.0, description="factor that the warm-up starts from")
+    hold: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the run after the warm-up before linear begins to fall"
+    )
     floor: Fraction = Field(0.0, description="factor at the end")
     decay: Fraction = Field(0.2, description="share of the run that wsd decays over")
     drops: list[Length] = Field([], description="when the kind drops multiplies by `drop`")
@@ -119,6 +126,10 @@ class Strategy(Node):
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the arithmetic; weights stay in fp32")
     compile: bool = Field(False, description="torch.compile each network")
+    attention: Literal["auto", "sdpa", "flex", "flash"] = Field(
+        "auto",
+        description="kernel of a generator's attention; auto: flash-attn where it is installed and fits, else torch's sdpa",
+    )
     channels_last: bool = Field(True, description="memory format of convolutions")
     threads: NonNegativeInt = Field(0, description="CPU threads per process; 0 leaves torch's choice")
 
@@ -225,6 +236,28 @@ class Sampling(Node):
     greedy: bool = Field(False, description="always the likeliest code")
     cache: bool = Field(True, description="keep keys and values; false recomputes them (slow, for comparison)")
     compile: bool = Field(False, description="torch.compile the decode step; worth it for many samples on a GPU")
+    steps: Varying | None = Field(None, description="block diffusion: steps in each block or sub-block; null: one a token")
+    reveal: Literal["confidence", "threshold", "maskgit", "first_hitting", "entropy", "adaptive"] | None = Field(
+        None, description="block diffusion: which tokens each step reveals; null: confidence"
+    )
+    pace: Literal["uniform", "cosine"] | None = Field(
+        None, description="block diffusion: equally many tokens a step, or few first; null: cosine for maskgit, else uniform"
+    )
+    threshold: Fraction | None = Field(
+        None, description="reveal=threshold or adaptive: confidence from which on a token is revealed; null: 0.9"
+    )
+    reveal_noise: NonNegativeFloat | None = Field(
+        None, description="reveal=maskgit: Gumbel noise on the log of confidence, fading to 0; null: 4.5"
+    )
+    entropy_budget: NonNegativeFloat | None = Field(
+        None, description="reveal=entropy: sum of a step's entropies, adaptive: how far it may rise; nats; null: 0.35"
+    )
+    sub_block: PositiveInt | None = Field(
+        None, description="block diffusion: tokens of the parts of a block that are finished one by one; null: the whole block"
+    )
+    sub_block_cache: bool = Field(
+        False, description="compute a sub-block alone after its first step, the rest of its block as it was then (approximate)"
+    )
 
 
 class GeneratorRun(Spine):
@@ -262,6 +295,13 @@ class Prepare(Node):
     on_bad: Literal["skip", "fail"] = Field("skip", description="list a bad image in bad.jsonl and go on, or stop at the first")
 
 
+class TextFeatures(Node):
+    """A frozen encoder of captions."""
+
+    path: Text = Field(description="folder or hub id of a T5 or CLIP of transformers")
+    tokens: PositiveInt = Field(120, description="slots of a text; longer ones are cut, shorter ones padded at the left")
+
+
 class Encode(Node):
     """`tokar encode`."""
 
@@ -277,6 +317,7 @@ class Encode(Node):
     splits: list[str] = Field(["train", "val"], min_length=1, description="to encode")
     batch_size: PositiveInt = Field(64, description="images at once")
     shard_size: PositiveInt = Field(16384, description="images per shard")
+    text: TextFeatures | None = Field(None, description="also the features of the captions (.txt beside each image)")
     seed: NonNegativeInt = 0
     strategy: Strategy
 
@@ -291,6 +332,16 @@ class Sample(Node):
     out: Text | None = Field(None, description="null: the samples folder of the run")
     count: PositiveInt = Field(64, description="images")
     classes: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = Field(None, description="null cycles through all")
+    prompts: Annotated[list[Text], Field(min_length=1)] | Text | None = Field(
+        None, description="texts to draw in turn, or a file with one on each line; for a generator of texts"
+    )
+    text_encoder: Text | None = Field(None, description="where it lies; null: where it lay when the captions were encoded")
+    scales: Annotated[list[PositiveInt | list[PositiveInt]], Field(min_length=1)] | None = Field(
+        None, description="sides of the scales to draw, other than trained on: FlexVAR; null: as trained"
+    )
+    given: Text | None = Field(None, description="image of which a part stays; keep or mask says which")
+    keep: Literal["top", "bottom", "left", "right", "center", "border"] | None = Field(None, description="the part that stays")
+    mask: Text | None = Field(None, description="image whose bright parts are drawn anew")
     seed: NonNegativeInt = Field(0, description="sample i depends on (seed, i) alone")
     batch_size: PositiveInt = Field(64, description="images at once")
     save: list[Literal["grid", "folder", "npz", "codes"]] = Field(["grid"], min_length=1, description="what to write")
@@ -327,8 +378,13 @@ class Evaluate(Node):
     stage: Literal["evaluate"]
     paths: Paths
     target: Text = Field(description="a run, an exported model, an npz or a folder of images")
-    measure: Literal["quality", "prefixes", "crops"] = Field(
-        "quality", description="of a tokenizer also: images from the first tokens alone; details and text, for the report"
+    measure: Literal["quality", "prefixes", "crops", "likelihood"] = Field(
+        "quality",
+        description="of a tokenizer also: images from the first tokens alone; details and text, for the report; of a generator "
+        "also: bits of held-out codes",
+    )
+    draws: Annotated[int, Field(ge=2)] = Field(
+        4, description="measure=likelihood: of the bound of each image (block diffusion)"
     )
     probe: Probe | None = Field(None, description="probe=linear: measure how much of the class the tokens tell")
     data: Data | None = None
@@ -375,8 +431,8 @@ SCHEMAS: dict[str, type[Node]] = {
 }
 FILLED: dict[str, frozenset[str]] = {
     "tokenizer": frozenset(),
-    "generator": frozenset({"vocab_size", "num_classes", "grid", "n_tokens"}),
+    "generator": frozenset({"vocab_size", "num_classes", "grid", "n_tokens", "grids", "embed_dim"}),
     "classifier": frozenset({"image_size", "num_classes"}),
-    "bench": frozenset({"vocab_size", "num_classes", "grid", "n_tokens"}),
+    "bench": frozenset({"vocab_size", "num_classes", "grid", "n_tokens", "grids", "embed_dim"}),
 }
 """Constructor arguments that a stage reads off its data and tokenizer, so configs leave them out."""

@@ -1,6 +1,7 @@
 """Code shards: the codes of a whole data set as memory-mapped arrays, bound to the tokenizer that made them.
 
-Shapes: `n` images of a shard, `A` views (crops) per image, `T` tokens per image, `B` samples asked for.
+Shapes: `n` images of a shard, `A` views (crops) per image, `T` tokens per image, `B` samples asked for; `P` slots and `W + 1`
+columns of a text.
 The layout is a plain mapping (`TokenLayout.to_dict()`): this package knows no models.
 """
 
@@ -42,6 +43,7 @@ class CodeWriter:
         count: images in all.
         classes: class names.
         shard_size: images per shard.
+        text: what made the features of captions that lie beside the codes, plain values with `tokens` P and `features` W.
 
     Raises:
         UserError: the folder holds codes with other settings, or cannot be written.
@@ -58,6 +60,7 @@ class CodeWriter:
         count: int,
         classes: Sequence[str],
         shard_size: int = 10_000,
+        text: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.settings = _plain(
@@ -70,6 +73,7 @@ class CodeWriter:
                 "count": count,
                 "classes": list(classes),
                 "shard_size": shard_size,
+                **({"text": dict(text)} if text else {}),
             }
         )
         self._limits = _limits(self.settings["layout"])
@@ -98,7 +102,9 @@ class CodeWriter:
         share = np.array_split(np.arange(len(ranges)), world)[rank].tolist()
         return [ranges[i] for i in share if not self._finished(ranges[i])]
 
-    def write(self, shard: int, codes: np.ndarray, labels: np.ndarray, keys: Sequence[str]) -> None:
+    def write(
+        self, shard: int, codes: np.ndarray, labels: np.ndarray, keys: Sequence[str], text: np.ndarray | None = None
+    ) -> None:
         """Write one shard; its JSON file, written last, marks it as finished.
 
         Args:
@@ -106,6 +112,7 @@ class CodeWriter:
             codes: `[n, A, T]` integers in the order of the layout.
             labels: `[n]` class indices.
             keys: n sample keys.
+            text: `[n, P, W + 1]` features of the captions; kept in half precision.
 
         Raises:
             UserError: wrong shape, a code outside its vocabulary, a full disk.
@@ -121,6 +128,7 @@ class CodeWriter:
                 f"shard {shard} has codes outside the vocabulary", where=self.folder, fix="check the tokenizer's layout"
             )
         arrays = {
+            **self._text_array(text, n),
             "codes": codes.astype(self._type),
             "labels": np.asarray(labels, dtype=np.int64),
             "keys": np.array([key.encode("utf-8", "surrogateescape") for key in keys], dtype=np.bytes_),
@@ -131,6 +139,16 @@ class CodeWriter:
                 np.save(file, array)
         sizes = {name: _path(self.folder, shard, name).stat().st_size for name in arrays}
         write_json(_done_path(self.folder, shard), {"count": n, "bytes": sizes})
+
+    def _text_array(self, text: np.ndarray | None, n: int) -> dict[str, np.ndarray]:
+        declared = self.settings.get("text")
+        if declared is None and text is None:
+            return {}
+        wanted = (n, declared["tokens"], declared["features"] + 1) if declared else None
+        found = None if text is None else text.shape
+        if text is None or found != wanted:
+            raise UserError(f"text {found}, declared {wanted}", where=self.folder, fix="write the text that was declared")
+        return {"text": text.astype(np.float16)}
 
     def finish(self) -> dict[str, Any]:
         """Write the manifest when all shards are there; call it on one process after all have written.
@@ -178,9 +196,10 @@ class CodeDataset:
         self.layout: dict[str, Any] = self.manifest["layout"]
         self.views: int = self.manifest["views"]
         self.classes: list[str] = self.manifest["classes"]
+        self.text: dict[str, Any] | None = self.manifest.get("text")
         self._limits = _limits(self.layout)
         self._shards = range(len(self.manifest["shards"]))
-        self._codes: dict[int, np.ndarray] = {}
+        self._maps: dict[tuple[str, int], np.ndarray] = {}
         self._first = np.cumsum([0, *(entry["count"] for entry in self.manifest["shards"])])
         self.labels: np.ndarray = np.concatenate([_load(_path(self.folder, shard, "labels")) for shard in self._shards])
 
@@ -194,7 +213,7 @@ class CodeDataset:
         return bytes(keys[i - self._first[shard]]).decode("utf-8", "surrogateescape")
 
     def fetch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-        """A batch for the stream: `codes` int64 `[B, T]` of one view each, `label` int64 `[B]`.
+        """A batch for the stream: `codes` int64 `[B, T]` of one view each, `label` int64 `[B]`, perhaps `text` `[B, P, W + 1]`.
 
         The view of a sample is a pure function of (seed, epoch, number).
 
@@ -206,25 +225,32 @@ class CodeDataset:
         if (codes >= self._limits).any():
             what = "codes outside the vocabulary: the shards are damaged"
             raise UserError(what, where=self.folder, fix=f"delete the folder and {_ENCODE}")
-        return {"codes": codes, "label": self.labels[indices]}
+        text = {"text": self._gather("text", indices)} if self.text else {}
+        return {"codes": codes, "label": self.labels[indices], **text}
 
     def read(self, indices: np.ndarray, views: np.ndarray) -> np.ndarray:
         """Codes int64 `[B, T]` of given images `[B]` in given views `[B]`."""
-        codes = np.empty((len(indices), len(self._limits)), dtype=np.int64)
-        shards = np.searchsorted(self._first, indices, side="right") - 1
-        for shard in np.unique(shards).tolist():
-            rows = shards == shard
-            codes[rows] = self._map(shard)[indices[rows] - self._first[shard], views[rows]]
-        return codes
+        return self._gather("codes", indices, views).astype(np.int64)
 
-    def _map(self, shard: int) -> np.ndarray:
-        if shard not in self._codes:
-            self._codes[shard] = _load(_path(self.folder, shard, "codes"))
-        return self._codes[shard]
+    def _gather(self, name: str, indices: np.ndarray, *views: np.ndarray) -> np.ndarray:
+        """Rows of the arrays called `name`, of given images, and of given views where there are some."""
+        shards = np.searchsorted(self._first, indices, side="right") - 1
+        first = self._map(name, 0)
+        rows = np.empty((len(indices), *first.shape[1 + len(views) :]), dtype=first.dtype)
+        for shard in np.unique(shards).tolist():
+            chosen = shards == shard
+            places = (indices[chosen] - self._first[shard], *(view[chosen] for view in views))
+            rows[chosen] = self._map(name, shard)[places]
+        return rows
+
+    def _map(self, name: str, shard: int) -> np.ndarray:
+        if (name, shard) not in self._maps:
+            self._maps[name, shard] = _load(_path(self.folder, shard, name))
+        return self._maps[name, shard]
 
     def __getstate__(self) -> dict[str, Any]:
         # a pickled memory map would carry the whole file to a spawned worker
-        return {**self.__dict__, "_codes": {}}
+        return {**self.__dict__, "_maps": {}}
 
     def _check_tokenizer(self, layout: Mapping[str, Any] | None, weights: str | None) -> None:
         if self.manifest.get("format") != CODES_FORMAT or not {"layout", "tokenizer_hash", "shards"} <= self.manifest.keys():

@@ -140,6 +140,10 @@ class ImageDataset:
         shard = int(np.searchsorted(self._first, i, side="right")) - 1
         return self._keys[shard][i - self._first[shard]].decode("utf-8", "surrogateescape")
 
+    def tar(self, i: int) -> str:
+        """The tar that image `i` lies in."""
+        return self.tars[int(np.searchsorted(self._first, i, side="right")) - 1]
+
     def read(self, i: int) -> bytes:
         """The file of image `i`."""
         return self.read_many(np.array([i]))[0]
@@ -192,11 +196,10 @@ class ImageDataset:
         try:
             return self.transform.crop(decode(data, self.decoder), random)
         except BadImageError as error:
-            shard = self.tars[int(np.searchsorted(self._first, i, side="right")) - 1]
             # a prepared image was whole once
             mend = f"delete the shard and {_REPEAT}" if self.manifest else "prepare the data with on_bad=skip"
             fix = error.fix or mend
-            raise UserError(error.what, where=f"{shard}: {self.key(i)}", fix=fix) from error
+            raise UserError(error.what, where=f"{self.tar(i)}: {self.key(i)}", fix=fix) from error
 
     def _one_size(self) -> tuple[int, int]:
         size = self.manifest.get("image_size")

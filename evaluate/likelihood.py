@@ -6,15 +6,20 @@ Shapes: `B` batch, `N` tokens, `V` codes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from ..data.stream import to_image
 from ..errors import UserError
+from ..models.build import weights_hash
 from ..models.generators.base import Generator
+from ..models.samplers.pick import uniforms
+from ..models.tokenizers.base import Tokenizer
 from ..models.tokenizers.layout import TokenLayout
+from .protocol import Result
 
 
 @torch.no_grad()
@@ -23,6 +28,9 @@ def code_likelihood(
     layout: TokenLayout,
     batches: Iterable[Mapping[str, Tensor]],
     on_batch: Callable[[int], None] | None = None,
+    *,
+    draws: int = 4,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Cross-entropy of codes given their class and the codes before them.
 
@@ -31,27 +39,85 @@ def code_likelihood(
         layout: of the codes.
         batches: mappings with `codes` `[B, N]` and `label` `[B]`.
         on_batch: told the number of images after each batch.
+        draws: of the bound, at least 2, for a generator whose likelihood is not exact.
+        seed: of the draws; those of image i depend on (seed, i) alone.
 
     Returns:
-        `cross_entropy` (nats per token), `bits_per_token`, `bits_per_image`; for a layout of several streams also
+        `cross_entropy` (nats per token), `bits_per_token`, `bits_per_image`; of a bound also `bits_per_token_error` and
+        `bits_per_image_error`, the standard errors that the draws leave; for a layout of several streams also
         `cross_entropy/<stream>` of each.
 
     Raises:
         UserError: no codes came.
     """
     device = next(generator.parameters()).device
-    total, count = torch.zeros(layout.total_tokens, dtype=torch.float64), 0
+    total, variance, count = torch.zeros(layout.total_tokens, dtype=torch.float64), 0.0, 0
     for batch in batches:
-        codes = batch["codes"].long().to(device)
-        logits = generator.logits(codes, batch["label"].to(device)).float()
-        losses = F.cross_entropy(logits.transpose(1, 2), codes, reduction="none")
-        total += losses.double().sum(0).cpu()
+        codes, label = batch["codes"].long().to(device), batch["label"].to(device)
+        if generator.exact:
+            nll = generator.token_nll(codes, label)[None]
+        else:
+            noise = uniforms(seed, range(count, count + len(codes)), draws * generator.noise_size, device)
+            nll = torch.stack([generator.token_nll(codes, label, part) for part in noise.chunk(draws, dim=1)])
+            variance += nll.double().sum(-1).var(0).sum().item() / draws  # of the mean over draws, summed over images
+        total += nll.double().mean(0).sum(0).cpu()
         count += len(codes)
         if on_batch:
             on_batch(len(codes))
     if not count:
         raise UserError("no codes to measure", fix="give a split that has some")
-    return _numbers(total / count, layout)
+    numbers = _numbers(total / count, layout)
+    if not generator.exact:
+        error = math.sqrt(variance) / count / math.log(2)
+        numbers |= {"bits_per_token_error": error / layout.total_tokens, "bits_per_image_error": error}
+    return numbers
+
+
+def evaluate_likelihood(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    draws: int,
+    seed: int,
+    data: Mapping[str, Any],
+    subject: Mapping[str, Any],
+    on_batch: Callable[[int], None] | None = None,
+) -> Result:
+    """Bits of the codes of held-out images, given their class.
+
+    Args:
+        generator: of classes, in eval mode.
+        tokenizer: makes the codes.
+        batches: mappings with `image` uint8 `[B, H, W, 3]` and `label` `[B]`.
+        draws: see `code_likelihood`; stated in the protocol whether the generator needs them or not.
+        seed: see `code_likelihood`.
+        data: names the images.
+        subject: names the generator.
+        on_batch: told the number of images after each batch.
+
+    Raises:
+        UserError: it is conditioned on texts, or there are no images.
+    """
+    if generator.text is not None:
+        raise UserError("a generator of texts", where="measure=likelihood", fix="measure one of classes")
+    numbers = code_likelihood(generator, tokenizer.layout, _encoded(tokenizer, batches), on_batch, draws=draws, seed=seed)
+    protocol = {
+        "data": dict(data),
+        "condition": "class",
+        "tokenizer": weights_hash(tokenizer)[:16],
+        "estimate": "exact where one pass gives it, else the mean bound over the draws",
+        "draws": draws,
+    }
+    kind = "exact" if generator.exact else "upper bound"
+    return Result("likelihood", numbers, protocol, {**subject, "likelihood": kind, "seed": seed})
+
+
+@torch.no_grad()
+def _encoded(tokenizer: Tokenizer, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    device = next(tokenizer.parameters()).device
+    for batch in batches:
+        yield {"codes": tokenizer.encode(to_image(batch["image"].to(device))).codes, "label": batch["label"]}
 
 
 def _numbers(per_token: Tensor, layout: TokenLayout) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..models.build import load_model, locate_model, pick_device, weights_hash
 from ..models.classifier import Classifier
 from ..models.generators.base import Generator
 from ..models.open import OpenedGenerator, open_generator
+from ..models.samplers.decode import Tally
 from ..models.tokenizers.base import Tokenizer
 from ..models.tokenizers.losses import LPIPS
 from .console import say, table
@@ -28,6 +29,7 @@ from .crops import LOOKED_AT, evaluate_crops
 from .features import ClassifierFeatures, FeatureNet, features_place, load_features
 from .generation import evaluate_generation, gaussian_of
 from .images import count_samples, load_samples
+from .likelihood import evaluate_likelihood
 from .prefixes import evaluate_prefixes, prefixes_of
 from .probe import images_seen, linear_probe
 from .probe_features import generator_features, token_features
@@ -94,7 +96,8 @@ class Task:
             "weights": weights_hash(model)[:16],
             "ema": self.config.ema,
         }
-        if self.config.measure != "quality" and (self.config.probe or not isinstance(model, Tokenizer)):
+        owner = Generator if self.config.measure == "likelihood" else Tokenizer
+        if self.config.measure != "quality" and (self.config.probe or not isinstance(model, owner)):
             what = "a probe" if self.config.probe else f"a {type(model).__name__}"
             raise UserError(f"not for {what}", where=f"measure={self.config.measure}", fix="leave it out")
         if self.config.probe:
@@ -106,6 +109,8 @@ class Task:
                 return self._crops(model, subject)
             case Tokenizer():
                 return self._reconstruction(model, subject)
+            case Generator() if self.config.measure == "likelihood":
+                return self._likelihood(subject)
             case Generator():
                 return self._samples(subject)
             case Classifier():
@@ -176,18 +181,30 @@ class Task:
         network = load_features(self.config.features.name, place, self.device) if place else None
         return network, LPIPS(self.config.lpips_weights).to(self.device) if self.config.lpips_weights else None
 
+    def _likelihood(self, subject: dict[str, Any]) -> Result:
+        opened, split = self._opened_generator(), self.config.split or self._data.val_split
+        batches, count, facts = reference_batches(self._data, split, self.config.batch_size, self.config.count)
+        with progress_bar(None, count, "measuring") as advance:
+            return evaluate_likelihood(
+                opened.generator, opened.tokenizer, batches, draws=self.config.draws, seed=self.config.seed, data=facts,
+                subject=subject, on_batch=advance,
+            )  # fmt: skip
+
     def _samples(self, subject: dict[str, Any]) -> Result:
         opened = self._opened_generator()
         generator, tokenizer = opened.generator, opened.tokenizer
         sampling = Sampling.model_validate({**self._run_config.get("sampling", {}), **self.sampling}).model_dump()
+        opened.check_guidance(sampling["guidance"])
         count = self.config.count or reference_batches(self._data, self._reference_split, 1, None)[1]
-        labels = class_ids(count, None, generator.num_classes)
+        labels, tally = class_ids(count, None, generator.num_classes), Tally()
         with progress_bar(None, count, "sampling") as advance:
             codes = draw_codes(
-                generator, labels, seed=self.config.seed, sampling=sampling, batch_size=self.config.batch_size, on_batch=advance
-            )
+                generator, labels, seed=self.config.seed, sampling=sampling, batch_size=self.config.batch_size,
+                on_batch=advance, tally=tally,
+            )  # fmt: skip
             images = decode_batches(tokenizer, codes)
-            return self._generation(images, count, {**subject, "seed": self.config.seed, "sampling": sampling})
+            result = self._generation(images, count, {**subject, "seed": self.config.seed, "sampling": sampling})
+        return replace(result, numbers={**result.numbers, "network_calls": tally.calls_per_image})
 
     def _generation(self, images: Iterable[Mapping[str, Tensor]], count: int, subject: dict[str, Any]) -> Result:
         """Fréchet distance to the reference split, and class accuracy where a classifier judges."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data.stream import to_uint8
 from ..errors import UserError
 from ..models.generators.base import Generator
-from ..models.samplers.decode import sample
+from ..models.samplers.decode import Tally, sample
 from ..models.tokenizers.base import Tokenizer
 
 
@@ -34,22 +34,26 @@ def class_ids(count: int, classes: list[int] | None, num_classes: int) -> Tensor
 @torch.inference_mode()
 def draw_codes(
     generator: Generator,
-    labels: Tensor,
+    conditions: Tensor,
     *,
     seed: int,
     sampling: Mapping[str, Any],
     batch_size: int,
     on_batch: Callable[[int], None] | None = None,
+    tally: Tally | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """Codes `[B, T]` and `label` `[B]` on the CPU, for `labels` `[N]` in order; sample i depends on (seed, i) alone."""
+    """Codes `[B, T]`, and of classes `label` `[B]`, on the CPU, for conditions `[N, …]` in order.
+
+    Sample i depends on (seed, i) and its condition alone.
+    """
     device = next(generator.parameters()).device
-    for start in range(0, len(labels), batch_size):
-        label = labels[start : start + batch_size]
-        ids = torch.arange(start, start + len(label))
-        codes = sample(generator, label.to(device), seed=seed, sample_ids=ids, **sampling)
+    for start in range(0, len(conditions), batch_size):
+        part = conditions[start : start + batch_size]
+        ids = torch.arange(start, start + len(part))
+        codes = sample(generator, part.to(device), seed=seed, sample_ids=ids, tally=tally, **sampling)
         if on_batch is not None:
-            on_batch(len(label))
-        yield {"codes": codes.cpu(), "label": label}
+            on_batch(len(part))
+        yield {"codes": codes.cpu(), **({"label": part} if part.ndim == 1 else {})}
 
 
 @torch.inference_mode()

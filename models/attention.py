@@ -5,12 +5,16 @@ Shapes: `B` batch, `L` query slots, `S` slots in all, `H` heads, `D` head width,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .kernels import HALF, Kernel, flash, flex, sdpa
 
 
 def rope_table(coords: Sequence[Sequence[int]], head_dim: int, base: float = 10000.0) -> Tensor:
@@ -103,33 +107,80 @@ class Context:
         causal: the mask is the lower triangle.
         mask: bool, broadcast to `[B, H, L, S]`, true where a key is visible; `None` with `causal` false: all are visible.
         cache: keys and values of earlier slots.
+        kernel: which one to take; flex where there are `blocks`, flash where there is no `mask`, else sdpa runs.
+        blocks: a BlockMask that says what `mask` and `causal` say.
     """
 
     rope: Tensor | None = None
     causal: bool = False
     mask: Tensor | None = None
     cache: KVCache | None = None
+    kernel: Kernel = "sdpa"
+    blocks: Any = None
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
-    """Softmax attention of `[B, H, L, D]` over `[B, H, S, D]`: the only place that calls a kernel."""
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=context.mask, is_causal=context.causal)
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, context: Context, scale: float | None = None, dropout: float = 0.0
+) -> Tensor:
+    """Softmax attention of `[B, H, L, D]` over `[B, H, S, D]`: the only place that calls a kernel.
+
+    Args:
+        query: `[B, H, L, D]`.
+        key: `[B, H, S, D]`.
+        value: `[B, H, S, D]`.
+        context: mask.
+        scale: of the scores; `None`: `1/sqrt(D)`.
+        dropout: rate on the weights.
+    """
+    if context.kernel == "flex" and context.blocks is not None and not dropout:
+        return flex(query, key, value, context.blocks, scale)
+    if context.kernel == "flash" and context.mask is None and not dropout and value.dtype in HALF and value.is_cuda:
+        return flash(query, key, value, context.causal, scale)
+    return sdpa(query, key, value, context.mask, context.causal, scale, dropout)
+
+
+Bias = Literal["none", "keyless", "all"]
+"""Which linear layers of a block have a bias; `keyless`: all but the projection to keys (VAR)."""
+QKNorm = Literal["none", "layer", "l2"]
+"""Of queries and keys, head by head: LayerNorm, or unit length and a learned temperature."""
+_HOTTEST = math.log(100.0)  # VAR's and Swin v2's bound of the learned temperature
+_COOLEST = math.log(4.0)  # VAR's start
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused input projection, no bias.
+    """Multi-head self-attention with one fused input projection.
 
     Args:
         dim: width `C`.
         heads: `H`; `C` must be a multiple of it.
         dropout: rate after the output projection.
+        bias: of the projections.
+        qk_norm: `layer`: LayerNorm of each head; `l2`: `q·exp(min(t, ln 100))/|q|` with a learned `t` for each head,
+            `k/|k|`, and scores that are not scaled.
+        scale: of the scores without `l2`; `None`: `1/sqrt(D)`.
+        qk_eps: of the LayerNorm.
+        weight_dropout: rate on the attention weights.
     """
 
-    def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dropout: float = 0.0,
+        bias: Bias = "none",
+        qk_norm: QKNorm = "none",
+        scale: float | None = None,
+        qk_eps: float = 1e-6,
+        weight_dropout: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.heads, self.head_dim, self.dropout = heads, dim // heads, dropout
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.heads, self.head_dim, self.dropout, self.weight_dropout = heads, dim // heads, dropout, weight_dropout
+        self.qkv = nn.Linear(dim, 3 * dim, bias=bias == "all")
+        self.qv_bias = nn.Parameter(torch.zeros(2, dim)) if bias == "keyless" else None
+        self.out = nn.Linear(dim, dim, bias=bias != "none")
+        self.norms = nn.ModuleList(nn.LayerNorm(self.head_dim, eps=qk_eps) for _ in range(2 if qk_norm == "layer" else 0))
+        self.temperature = nn.Parameter(torch.full((heads, 1), _COOLEST)) if qk_norm == "l2" else None
+        self.scale = 1.0 if qk_norm == "l2" else scale
 
     def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
         """`[B, L, C]` to `[B, L, C]`.
@@ -139,12 +190,27 @@ class Attention(nn.Module):
             context: positions, mask, cache.
             layer: index of this layer in the cache.
         """
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim))
-        both, value = qkv[:, :, :2], qkv[:, :, 2].transpose(1, 2)
+        qkv = self._project(x).unflatten(-1, (3, self.heads, self.head_dim))
+        both, value = self._normalise(qkv[:, :, :2]), qkv[:, :, 2].transpose(1, 2)
         if context.rope is not None:
             both = rotate(both, context.rope)
         query, key = both.transpose(1, 3).unbind(2)
         if context.cache is not None:
             key, value = context.cache.write(layer, key, value)
-        mixed = attend(query, key, value, context)
+        mixed = attend(query, key, value, context, self.scale, self.weight_dropout if self.training else 0.0)
         return F.dropout(self.out(mixed.transpose(1, 2).flatten(2)), self.dropout, self.training)
+
+    def _project(self, x: Tensor) -> Tensor:
+        if self.qv_bias is None:
+            return self.qkv(x)
+        query, value = self.qv_bias
+        return F.linear(x, self.qkv.weight, torch.cat((query, torch.zeros_like(query), value)))
+
+    def _normalise(self, both: Tensor) -> Tensor:
+        """Queries and keys `[B, L, 2, H, D]`."""
+        if len(self.norms):
+            return torch.stack([norm(part) for norm, part in zip(self.norms, both.unbind(2), strict=True)], dim=2)
+        if self.temperature is not None:
+            factor = torch.stack((self.temperature.clamp(max=_HOTTEST).exp(), torch.ones_like(self.temperature)))
+            return F.normalize(both, dim=-1) * factor.to(both.dtype)
+        return both

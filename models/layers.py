@@ -56,6 +56,35 @@ class SwiGLU(nn.Module):
         return F.dropout(self.down(F.silu(gate) * up), self.dropout, self.training)
 
 
+class GELUFeedForward(nn.Module):
+    """Feed-forward `down(gelu(up x))`.
+
+    Args:
+        dim: width `C`.
+        hidden: width `F`.
+        bias: of both layers.
+        dropout: rate after `down`.
+        exact: GELU itself, and dropout before `down` too (RAR's, timm's); else its tanh approximation.
+    """
+
+    def __init__(self, dim: int, hidden: int, bias: bool = True, dropout: float = 0.0, exact: bool = False) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(dim, hidden, bias=bias), nn.Linear(hidden, dim, bias=bias)
+        self.dropout, self.exact = dropout, exact
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., C]` to `[..., C]`."""
+        hidden = F.gelu(self.up(x), approximate="none" if self.exact else "tanh")
+        if self.exact:
+            hidden = F.dropout(hidden, self.dropout, self.training)
+        return F.dropout(self.down(hidden), self.dropout, self.training)
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """`x·(1 + scale) + shift` of adaptive layer norm."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
     """Stochastic depth: zero the whole branch `[B, ...]` of a sample at `rate`, scale the others up."""
     if not training or rate == 0.0:

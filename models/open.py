@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import UserError
 from .build import load_model, locate_model, model_facts, weights_hash
 from .generators.base import Generator
+from .samplers.guidance import Varying, check_guidance
 from .tokenizers.base import Tokenizer
 
 
@@ -43,6 +44,10 @@ class OpenedGenerator:
     tokenizer: Tokenizer
     facts: dict[str, Any]
 
+    def check_guidance(self, guidance: Varying) -> None:
+        """Make sure that the generator can be guided so; see `samplers.guidance.check_guidance`."""
+        check_guidance(guidance, self.generator.plan, self.facts.get("class_dropout", 1.0))
+
 
 def open_generator(path: Path, *, tokenizer: Path | None = None, ema: bool = True) -> OpenedGenerator:
     """The generator of a run, a checkpoint or an exported model, in eval mode.
@@ -65,4 +70,6 @@ def open_generator(path: Path, *, tokenizer: Path | None = None, ema: bool = Tru
     if place is None or not place.exists():
         known = f"its tokenizer {place} is not here" if place else "it does not say which tokenizer made its codes"
         raise UserError(known, where=path, fix="give the place of the tokenizer with decode_with=…")
-    return OpenedGenerator(generator, open_tokenizer(place, expected_hash=origin.get("hash")), facts)
+    opened = open_tokenizer(place, expected_hash=origin.get("hash"))
+    generator.bind(opened)
+    return OpenedGenerator(generator, opened, facts)

@@ -21,19 +21,25 @@ from ..evaluate.console import say, table
 from ..evaluate.protocol import versions, write_whole
 from ..models.build import build
 from ..models.generators.base import Generator
+from ..models.generators.next_scale import NextScale
+from ..models.generators.next_token import NextToken
 from ..models.samplers.decode import sample
 from ..models.tokenizers.base import Tokenizer
+from ..models.tokenizers.conv import ConvDecoder, ConvEncoder
 from ..models.tokenizers.layout import TokenLayout
+from ..models.tokenizers.multiscale import MultiScaleVQ
+from ..models.tokenizers.multiscale_quantizer import MultiScaleQuantizer
 from .bench_quantizer import bench_quantizer
 from .clock import Clock
 from .folder import code_state
 from .logging import forget_peak, memory
 from .randomness import seed_step
-from .stages import check_image_size, fill
+from .stages import check_image_size, fill, sizes_of
 from .strategy import Network, Trainable, Workers
 from .tokenizer import TokenizerStage
 
 Row = dict[str, float]
+VAR_SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
 
 def bench(whats: Sequence[str], overrides: Sequence[str]) -> int:
@@ -119,6 +125,50 @@ def bench_sampler(config: Bench, workers: Workers) -> Row:
     return {"cached_images_per_s": cached, "uncached_images_per_s": uncached, "ratio": cached / uncached}
 
 
+def bench_scales(config: Bench, workers: Workers) -> Row:
+    """Next-scale sampling beside next-token sampling of the same finest grid, by transformers of one size, both cached."""
+    device, size = workers.device, {key: config.generator[key] for key in ("dim", "layers", "heads") if key in config.generator}
+    scales = _pyramid(config.grid)
+    torch.manual_seed(0)
+    tokenizer = _scale_tokenizer(scales)
+    sizes = sizes_of(tokenizer.layout)
+    known = {"num_classes": config.num_classes, "vocab_size": sizes["vocab_size"]}
+    by_scale = NextScale(**known, grids=sizes["grids"], embed_dim=sizes["embed_dim"], **size).to(device).eval()
+    by_scale.bind(tokenizer.to(device).eval())
+    by_token = NextToken(**known, grid=config.grid, **size).to(device).eval()
+    labels = torch.arange(config.sample_batch, device=device) % config.num_classes
+    sampling = config.sampling.model_dump(exclude={"cache"})
+
+    def speed(generator: Generator) -> float:
+        def draw() -> None:
+            sample(generator, labels, seed=0, **sampling)
+
+        return _rate(draw, config.seconds, device) * config.sample_batch
+
+    token, scale = speed(by_token), speed(by_scale)
+    return {
+        "next_token_images_per_s": token,
+        "next_scale_images_per_s": scale,
+        "next_token_steps": by_token.plan.n_units,
+        "next_scale_steps": by_scale.plan.n_units,
+        "next_scale_tokens": by_scale.plan.n_tokens,
+        "ratio": scale / token,
+    }
+
+
+def _pyramid(grid: tuple[int, int]) -> list[list[int]]:
+    """VAR's scales, shrunk to end with `grid`."""
+    share = [side / VAR_SIDES[-1] for side in VAR_SIDES]
+    pairs = [tuple(max(1, round(side * part)) for side in grid) for part in share]
+    return [list(pair) for pair in dict.fromkeys(pairs)]  # small grids repeat some
+
+
+def _scale_tokenizer(scales: Sequence[Sequence[int]]) -> MultiScaleVQ:
+    """A multi-scale tokenizer with VAR's codes and no more of networks than a sampler asks for."""
+    half: dict[str, Any] = {"width": 32, "multipliers": [1], "blocks": 1, "z_channels": 32}
+    return MultiScaleVQ(ConvEncoder(**half), ConvDecoder(**half), MultiScaleQuantizer(scales=scales))
+
+
 def bench_search(config: Bench, workers: Workers) -> Row:
     """The nearest-code search beside a plain product and argmin, for 65,536 vectors."""
     stream = _layout(config).streams[0]
@@ -130,6 +180,7 @@ BENCHES: dict[str, Callable[[Bench, Workers], Row]] = {
     "tokenizer": bench_tokenizer,
     "generator": bench_generator,
     "sampler": bench_sampler,
+    "scales": bench_scales,
     "quantizer": bench_search,
 }
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..conf.compose import Composed
 from ..conf.schema import Encode
+from ..data.captions import Captions
 from ..data.codes import CodeWriter, ShardRange
 from ..data.progress import progress_bar
 from ..data.shards import ImageDataset, SampleTransform
@@ -22,6 +23,7 @@ from ..errors import UserError
 from ..evaluate.console import say
 from ..models.build import weights_hash
 from ..models.open import open_tokenizer
+from ..models.text import TextEncoder
 from ..models.tokenizers.base import Tokenizer
 from .strategy import Workers
 
@@ -40,14 +42,17 @@ def encode(composed: Composed) -> int:
             where="data.image_size",
             fix=f"set data.image_size={height}, or train a tokenizer on this size",
         )
+    text = TextEncoder(config.text.path, config.text.tokens).to(workers.device) if config.text else None
     for split in config.splits:
-        _encode_split(config, workers, tokenizer, split)
+        _encode_split(config, workers, tokenizer, text, split)
     return 0
 
 
-def _encode_split(config: Encode, workers: Workers, tokenizer: Tokenizer, split: str) -> None:
+def _encode_split(config: Encode, workers: Workers, tokenizer: Tokenizer, text: TextEncoder | None, split: str) -> None:
     views, transform = _views(config)
     images = ImageDataset(config.data.path, split, transform=transform, decoder=config.data.decoder)
+    if text is not None:
+        Captions(images).read(0)  # none at all is said before anything is written
     protocol: dict[str, Any] = {
         "views": config.views,
         "size": config.data.image_size,
@@ -58,7 +63,7 @@ def _encode_split(config: Encode, workers: Workers, tokenizer: Tokenizer, split:
         protocol["ratio"] = config.crop_ratio
     writer = CodeWriter(
         Path(config.out) / split, tokenizer.layout.to_dict(), weights_hash(tokenizer), views, protocol,
-        count=len(images), classes=images.classes, shard_size=config.shard_size,
+        count=len(images), classes=images.classes, shard_size=config.shard_size, text=text.facts if text else None,
     )  # fmt: skip
     pending = writer.pending(workers.rank, workers.world)
     workers.barrier()
@@ -66,7 +71,8 @@ def _encode_split(config: Encode, workers: Workers, tokenizer: Tokenizer, split:
         for part in pending:
             codes = _encode_shard(images, part, tokenizer, views, config.batch_size, advance)
             keys = [images.key(i) for i in range(part.start, part.stop)]
-            writer.write(part.shard, codes, images.labels[part.start : part.stop], keys)
+            features = _encode_captions(images, part, text, config.batch_size) if text else None
+            writer.write(part.shard, codes, images.labels[part.start : part.stop], keys, features)
     workers.barrier()
     if workers.rank == 0:
         writer.finish()
@@ -97,6 +103,16 @@ def _encode_shard(
         codes.append(_encode_batch(tokenizer, pixels).reshape(len(indices), views, -1))
         advance(len(indices))
     return np.concatenate(codes)
+
+
+def _encode_captions(images: ImageDataset, part: ShardRange, text: TextEncoder, batch_size: int) -> np.ndarray:
+    """Features `[n, P, W + 1]` of the captions of one shard, in half precision."""
+    captions = Captions(images)
+    features = []
+    for start in range(part.start, part.stop, batch_size):
+        texts = [captions.read(i) for i in range(start, min(start + batch_size, part.stop))]
+        features.append(text(texts).half().cpu().numpy())
+    return np.concatenate(features)
 
 
 def _encode_batch(tokenizer: Tokenizer, pixels: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from . import checkpoint
 from .clock import Clock
 from .logging import Meters, MetricsFile, Progress, Stopwatch, Wandb, memory
 from .randomness import seed_step
-from .schedule import factor
+from .schedule import factor, weight_decay
 from .signals import StopFlag, Stopped
 from .stage import Batch, Stage
 from .strategy import Network, Workers
@@ -83,7 +83,7 @@ class Fit:
                 metrics = self.stage.step(batch, self.clock, self.networks)
             self.meters.add({f"train/{name}": value for name, value in metrics.items()}, count)
         for name, network in self.networks.items():
-            norm = network.step(lr_factor)
+            norm = network.step(lr_factor, weight_decay(network.trainable.optim, self.clock))
             if norm is not None:
                 self.meters.add({f"optim/{name}_grad_norm": norm}, 1)
             if norm is not None and network.ema is not None:

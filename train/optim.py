@@ -14,12 +14,21 @@ from ..errors import UserError
 def make_optimizer(config: Optim, module: nn.Module) -> torch.optim.Optimizer:
     """AdamW or Adam over the trainable parameters of `module`, decayed ones and others in two groups.
 
-    Matrices and convolutions are decayed; biases, norms and other one-dimensional parameters only with `decay_vectors`.
+    Matrices and convolutions are decayed, but for those whose name ends in one that the module lists as `undecayed`; biases,
+    norms and other one-dimensional parameters only with `decay_vectors`.
     """
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    decayed = [parameter for _, parameter in named if parameter.ndim >= 2 or config.decay_vectors]
-    others = [parameter for _, parameter in named if not (parameter.ndim >= 2 or config.decay_vectors)]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    exempt: tuple[str, ...] = getattr(module, "undecayed", ())
+
+    def is_decayed(name: str, parameter: nn.Parameter) -> bool:
+        return config.decay_vectors or (parameter.ndim >= 2 and not name.endswith(exempt))
+
+    decayed = [parameter for name, parameter in named if is_decayed(name, parameter)]
+    others = [parameter for name, parameter in named if not is_decayed(name, parameter)]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay, "decayed": True},
+        {"params": others, "weight_decay": 0.0, "decayed": False},
+    ]
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return kind([group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 

@@ -28,7 +28,20 @@ def sample_uniform(seed: int, epoch: Tensor, index: Tensor, salt: int) -> Tensor
         index: `[B]` int64, the sample's place in the data set.
         salt: tells one use from another.
     """
-    bits = _mix(_mix(_mix(index * 1_000_003 + salt) + epoch) + seed)
+    return _unit(_sample_bits(seed, epoch, index, salt))
+
+
+def sample_uniforms(seed: int, epoch: Tensor, index: Tensor, salt: int, count: int) -> Tensor:
+    """`count` numbers in [0, 1) for each sample, `[B, count]`; see `sample_uniform`."""
+    bits = _sample_bits(seed, epoch, index, salt)
+    return _unit(_mix(bits[:, None] + torch.arange(count, device=bits.device)))
+
+
+def _sample_bits(seed: int, epoch: Tensor, index: Tensor, salt: int) -> Tensor:
+    return _mix(_mix(_mix(index * 1_000_003 + salt) + epoch) + seed)
+
+
+def _unit(bits: Tensor) -> Tensor:
     return ((bits >> 11) & (2**53 - 1)).double().mul(2.0**-53).float().clamp(max=1 - 2**-24)
 
 

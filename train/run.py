@@ -106,10 +106,12 @@ def _restore_point(config: Any, path: Path, warn: Callable[[str], None]) -> chec
 def _initialise(path: Path, networks: dict[str, Network]) -> None:
     """Weights of the main network from a run, a checkpoint or an exported model."""
     from ..models.build import load_model, locate_model
+    from ..models.generators.base import Generator
 
     network = next(iter(networks.values()))
     model = load_model(locate_model(path), trusted=True)
-    weights = model.state_dict()
+    own = network.module
+    weights = own.weights_from(model) if isinstance(own, Generator) else model.state_dict()
     checkpoint.copy_weights(network, weights, where=path, family=type(model).__name__)
     if network.ema is not None:
         network.ema.load(weights)

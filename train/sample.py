@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import torch
@@ -17,6 +18,9 @@ from ..evaluate.images import save_folder, save_grid, save_npz
 from ..evaluate.samples import class_ids, decode_batches, draw_codes
 from ..models.build import pick_device
 from ..models.open import OpenedGenerator, open_generator
+from ..models.samplers.decode import Tally
+from ..models.text import TextEncoder
+from .paint import canvas
 
 GRID_LIMIT = 1024
 """Pictures in one grid: more is no picture any more."""
@@ -35,16 +39,60 @@ def sample(composed: Composed) -> int:
     place = Path(config.decode_with) if config.decode_with else None
     opened = open_generator(Path(config.model), tokenizer=place, ema=config.ema)
     opened.tokenizer.to(device)
-    labels = class_ids(config.count, config.classes, opened.generator.num_classes)
+    opened, given = canvas(config, opened, device)
+    opened.check_guidance(config.sampling.guidance)
+    conditions = _conditions(config, opened, device)
+    tally, begun = Tally(), time.perf_counter()
     with progress_bar(None, config.count, "sampling") as advance:
         drawn = draw_codes(
-            opened.generator.to(device), labels, seed=config.seed, sampling=config.sampling.model_dump(),
-            batch_size=config.batch_size, on_batch=advance,
+            opened.generator.to(device), conditions, seed=config.seed,
+            sampling={**config.sampling.model_dump(), "given": given},
+            batch_size=config.batch_size, on_batch=advance, tally=tally,
         )  # fmt: skip
         batches = list(drawn)  # codes are small; pictures are decoded as each file is written
+    speed = config.count / (time.perf_counter() - begun)
+    say(f"{config.count} images at {speed:.1f} a second, {tally.calls_per_image:g} network calls each")
     for path in _write(config, opened, batches, out):
         say(str(path))
     return 0
+
+
+def _conditions(config: Sample, opened: OpenedGenerator, device: torch.device) -> Tensor:
+    """Of `count` samples `[count, …]`: classes or texts, in turn."""
+    reads = opened.generator.text
+    if reads is None:
+        if config.prompts is not None:
+            raise UserError("this generator knows classes, not texts", where="prompts", fix="give classes=[…] instead")
+        return class_ids(config.count, config.classes, opened.generator.num_classes)
+    if config.classes is not None or config.prompts is None:
+        raise UserError(
+            "this generator draws texts", where="classes" if config.classes else "prompts", fix="give prompts=[…], or a file"
+        )
+    prompts = read_prompts(config.prompts)
+    place = config.text_encoder or (opened.facts.get("text") or {}).get("path")
+    if place is None:
+        raise UserError("it does not say what encoded its captions", where="text_encoder", fix="give a folder or a hub id")
+    features = TextEncoder(place, reads.tokens).to(device)(prompts)
+    reads.check(features)
+    return features[torch.arange(config.count) % len(prompts)]
+
+
+def read_prompts(prompts: list[str] | str) -> list[str]:
+    """A list as it is, or the lines of a file.
+
+    Raises:
+        UserError: no such file, or nothing in it.
+    """
+    if not isinstance(prompts, str):
+        return prompts
+    path = Path(prompts)
+    if not path.is_file():
+        raise UserError("no such file", where=f"prompts={prompts}", fix="write prompts=[a text,another], or a file of lines")
+    with os_errors(path):
+        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not lines:
+        raise UserError("no text in it", where=path, fix="write one prompt on each line")
+    return lines
 
 
 def samples_folder(model: Path) -> Path:
@@ -57,7 +105,8 @@ def _write(config: Sample, opened: OpenedGenerator, batches: list[dict[str, Tens
     written = []
     if "grid" in config.save:
         images = torch.cat([batch["image"] for batch in decode_batches(opened.tokenizer, batches)])
-        classes = len(config.classes or range(opened.generator.num_classes))
+        prompts = config.prompts if isinstance(config.prompts, list) else None
+        classes = len(prompts or config.classes or range(opened.generator.num_classes))
         columns = classes if 1 < classes <= 20 else None  # one class a column, where that is readable
         written.append(save_grid(images, out / "samples.png", columns, config.scale))
     if "folder" in config.save:

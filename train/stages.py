@@ -15,6 +15,7 @@ from ..data.stream import Dataset, Stream
 from ..errors import UserError
 from ..evaluate.reference import augmented_split, plain_split
 from ..models.build import resolve_target, weights_hash
+from ..models.generators.conditions import TextCondition
 from ..models.open import open_tokenizer
 from ..models.tokenizers.base import Tokenizer
 from ..models.tokenizers.layout import TokenLayout
@@ -59,15 +60,20 @@ def build_generator(config: GeneratorRun, workers: Workers) -> Built:
     if tokenizer is None and origin:
         workers.warn(f"{origin['path']}: the tokenizer of these codes is not here; no pictures are drawn while training")
     train, validate = _code_splits(config, tokenizer) if config.codes.path else image_splits(config.data)
-    _check_labels(train)
+    if not config.generator.get("condition"):
+        _check_labels(train)
     layout = TokenLayout.from_dict(train.layout) if isinstance(train, CodeDataset) else _layout_of(tokenizer, config.data)
-    stream = layout.streams[0]
-    single = len(layout.streams) == 1 and stream.grid is not None
-    shape = {"grid": stream.grid} if single else {"n_tokens": layout.total_tokens}
-    known = {"vocab_size": layout.vocab_size, "num_classes": len(train.classes), **shape}
-    facts = {"layout": layout.to_dict(), "classes": train.classes, "tokenizer": origin}
-    stage = GeneratorStage(config, fill(config.generator, known), tokenizer, facts)
+    known = {"num_classes": len(train.classes), **sizes_of(layout)}
+    facts = {
+        "layout": layout.to_dict(), "classes": train.classes, "tokenizer": origin, "class_dropout": config.class_dropout,
+        "text": getattr(train, "text", None),
+    }  # fmt: skip
+    node = fill(config.generator, known)
+    _check_complete(node, layout)
+    stage = GeneratorStage(config, node, tokenizer, facts)
     stage.generator.plan.check(layout)
+    if stage.generator.text is not None:
+        _check_texts(stage.generator.text, train, validate)
     return _built(config, workers, stage, train, validate)
 
 
@@ -87,6 +93,28 @@ def fill(node: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """A component node completed with what the layout and the data decide, where its constructor asks for it."""
     wanted = inspect.signature(resolve_target(node["_target_"])).parameters
     return {**node, **{name: value for name, value in known.items() if name in wanted and name not in node}}
+
+
+def sizes_of(layout: TokenLayout) -> dict[str, Any]:
+    """What a layout decides about a generator of its codes, by the names of constructor arguments."""
+    first, *others = layout.streams
+    sizes: dict[str, Any] = {"vocab_size": layout.vocab_size, "embed_dim": first.embed_dim}
+    if layout.kind == "multiscale":
+        sizes["grids"] = [stream.grid for stream in layout.streams]
+    if first.grid is not None and not others:
+        return {**sizes, "grid": first.grid}
+    return {**sizes, "n_tokens": layout.total_tokens}
+
+
+def _check_complete(node: Mapping[str, Any], layout: TokenLayout) -> None:
+    target = resolve_target(node["_target_"])
+    asked = inspect.signature(target).parameters.items()
+    if missing := [name for name, asks in asked if asks.default is asks.empty and name not in node]:
+        raise UserError(
+            f"a {target.__name__} needs {', '.join(missing)}, which a {layout.kind} tokenizer does not have",
+            where="generator",
+            fix="choose a generator for these codes: var_… for scales, llamagen_… for one grid or a row",
+        )
 
 
 def find_tokenizer(config: GeneratorRun) -> tuple[Tokenizer | None, dict[str, Any]]:
@@ -125,6 +153,18 @@ def _check_labels(data: ImageDataset | CodeDataset) -> None:
         raise UserError(
             "the data has no classes", where=data.folder, fix="prepare it from folders of classes, or with .cls files"
         )
+
+
+def _check_texts(wanted: TextCondition, *splits: ImageDataset | CodeDataset) -> None:
+    for data in splits:
+        text = data.text if isinstance(data, CodeDataset) else None
+        if text is None:
+            raise UserError(
+                "a generator of texts, but no text features beside the codes",
+                where=data.folder if isinstance(data, CodeDataset) else "codes.path",
+                fix="encode with text=t5 (captions as .txt in the image shards), or choose a generator of classes",
+            )
+        wanted.check_shape(text["tokens"], text["features"])
 
 
 def check_image_size(image_size: int, layout: TokenLayout) -> None:

@@ -16,6 +16,8 @@ from ..conf.schema import Ema as EmaConfig
 from ..conf.schema import Optim
 from ..conf.schema import Strategy as StrategyConfig
 from ..models.build import pick_device
+from ..models.generators.base import Generator
+from ..models.kernels import choose
 from .ema import Ema
 from .optim import make_optimizer
 
@@ -64,12 +66,19 @@ class Network:
         self._fabric.backward(loss * self._weight, model=self.wrapped)
         self._pending = True
 
-    def step(self, lr_factor: float) -> Tensor | None:
-        """Clip, update, clear. Returns the gradient norm before clipping; `None` when there was no backward since."""
+    def step(self, lr_factor: float, weight_decay: float | None = None) -> Tensor | None:
+        """Clip, update, clear. Returns the gradient norm before clipping; `None` when there was no backward since.
+
+        Args:
+            lr_factor: of the configured learning rate.
+            weight_decay: of the parameters that are decayed; `None`: as it was.
+        """
         if not self._pending:
             return None
         for group in self.optimizer.param_groups:
             group["lr"] = self.trainable.optim.lr * lr_factor
+            if weight_decay is not None and group["decayed"]:
+                group["weight_decay"] = weight_decay
         clip = self.trainable.optim.clip or float("inf")
         norm = self._fabric.clip_gradients(self.wrapped, self._stepper, max_norm=clip, error_if_nonfinite=False)
         self._stepper.step()
@@ -116,8 +125,17 @@ class Workers:
         self.fabric.launch()
 
     def wrap(self, trainables: dict[str, Trainable], ema: EmaConfig | None) -> dict[str, Network]:
-        """Put networks on their devices under their optimizers."""
+        """Put networks on their devices under their optimizers, and choose the kernel of their attention."""
+        for item in trainables.values():
+            if isinstance(item.module, Generator):
+                self._choose_attention(item.module)
         return {name: Network(self.fabric, item, ema, self.config) for name, item in trainables.items()}
+
+    def _choose_attention(self, generator: Generator) -> None:
+        half, causal = self.config.precision != "fp32", generator.plan.causal
+        generator.attention, why = choose(self.config.attention, self.device, half, causal)
+        if self.rank == 0:
+            sys.stderr.write(f"attention: {generator.attention} ({why})\n")
 
     @contextmanager
     def micro_batch(self, networks: dict[str, Network], weight: float, *, last: bool) -> Iterator[None]:

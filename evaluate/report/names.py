@@ -12,6 +12,8 @@ LABELS = {
     "fd_classifier": "FD, classifier",
     "bits_per_token": "bits / token",
     "bits_per_image": "bits / image",
+    "bits_per_token_error": "standard error, bits / token",
+    "bits_per_image_error": "standard error, bits / image",
     "top5_accuracy": "top-5 accuracy",
     "train_top5_accuracy": "train top-5 accuracy",
     "lr": "learning rate",
@@ -23,7 +25,7 @@ LABELS = {
     "step_ms": "step, ms",
     "data_wait": "data wait",
 }
-LOWER = ("fd_", "lpips", "mse", "loss", "error", "cross_entropy", "bits_per", "data_wait", "step_ms")
+LOWER = ("fd_", "lpips", "mse", "loss", "error", "cross_entropy", "bits_per", "data_wait", "step_ms", "network_calls")
 TELLING = ("psnr", "accuracy", "fd_", "ssim", "usage", "loss")
 HIGHER = ("psnr", "ssim", "accuracy", "usage", "perplexity", "images_per_s")
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from ...errors import UserError
 from ..build import read_weights
 
-WRAPPERS = ("ema", "model", "module", "state_dict", "trainer", "vae_local")
+WRAPPERS = ("ema", "model", "module", "state_dict", "trainer", "vae_local", "var_wo_ddp")
 _PREFIXES = ("module.", "_orig_mod.")
-_DOTTED = ("trainer.vae_local.",)  # VAR's trainer, flattened: its tokenizer beside a generator that has the rest
+_DOTTED = ("vae_local", "var_wo_ddp")  # VAR's trainer, flattened: its tokenizer beside its generator
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -51,25 +51,25 @@ def _refusal(path: Path, error: Exception) -> UserError:
     return UserError("is not a checkpoint, or is broken", where=path, fix="copy it again, or save it as safetensors")
 
 
-def unwrap(checkpoint: Mapping[str, Any], *, where: object = None) -> tuple[dict[str, Tensor], str]:
+def unwrap(checkpoint: Mapping[str, Any], *, where: object = None, prefer: str = "") -> tuple[dict[str, Tensor], str]:
     """The bare state dict, and the wrapper key it lay under (`""` when raw).
 
-    Averaged weights (`ema`) are preferred, then `model`, `module`, `state_dict`; of VAR's trainer checkpoints its tokenizer
-    (`trainer.vae_local`). `module.` and `_orig_mod.`, which data-parallel wrappers and `torch.compile` leave in names, are
-    removed.
+    The key `prefer` comes first, then averaged weights (`ema`), then `model`, `module`, `state_dict`; of VAR's trainer
+    checkpoints its tokenizer (`trainer.vae_local`). `module.` and `_orig_mod.`, which data-parallel wrappers and
+    `torch.compile` leave in names, are removed.
 
     Raises:
         UserError: no tensors in it, or two names fall together.
     """
     path: list[str] = []
     inner: Mapping[str, Any] = checkpoint
-    while key := next((name for name in WRAPPERS if isinstance(inner.get(name), Mapping) and inner[name]), None):
+    while key := next((name for name in (prefer, *WRAPPERS) if isinstance(inner.get(name), Mapping) and inner[name]), None):
         path.append(key)
         inner = inner[key]
     tensors = {name: value for name, value in inner.items() if isinstance(value, Tensor)}
     if not tensors:
         raise UserError("holds no weights", where=where, fix=f"expected tensors, bare or under one of {', '.join(WRAPPERS)}")
-    for prefix in _DOTTED:
+    for prefix in (f"trainer.{name}." for name in (prefer, *_DOTTED)):
         if below := {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}:
             tensors, path = below, [prefix.rstrip(".")]
     state = {_bare(name): value for name, value in tensors.items()}

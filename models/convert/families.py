@@ -14,10 +14,14 @@ from .family import Family, shapes_of
 # A family is one class in its own module, imported when first asked for.
 _FAMILIES = {
     "llamagen_vq": "llamagen.LlamaGenVQ",
+    "gigatok_gpt": "gigatok_gpt.GigaTokGPT",  # before LlamaGen's, whose names it has too
     "llamagen_gpt": "llamagen_gpt.LlamaGenGPT",
+    "d_ar": "llamagen_gpt.DARGPT",  # after it: only by name, its tensors are the same
     "gigatok_1d": "gigatok.GigaTok1D",
     "gigatok_2d": "gigatok.GigaTok2D",
     "var_vqvae": "var.VARVQVAE",
+    "var": "var_gpt.VARGPT",
+    "rar": "rar.RARGenerator",
     "open_magvit2": "seed_voken.OpenMAGVIT2",
     "ibq": "seed_voken.IBQTokenizer",
     "titok": "titok.TiTok",

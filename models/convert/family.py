@@ -24,10 +24,12 @@ class Family(ABC):
     Attributes:
         name: what users write, e.g. `llamagen_vq`.
         parts: the groups of tensors (`state.*`, `vqvae.*`, …) that a parity file of this family holds.
+        wrapper: where its weights lie in a checkpoint that holds those of other networks too, `""`: nowhere special.
     """
 
     name: str
     parts: tuple[str, ...] = ("state",)
+    wrapper: str = ""
 
     @abstractmethod
     def recognise(self, shapes: Shapes) -> bool:
@@ -52,6 +54,10 @@ class Family(ABC):
     @abstractmethod
     def to_theirs(self, state: Mapping[str, Tensor]) -> State:
         """The original's state dict, complete, from ours."""
+
+    def finish(self, theirs: State, node: Node) -> State:
+        """The original's state dict with what follows from the sizes alone: buffers that its strict loading asks for."""
+        return theirs
 
     @abstractmethod
     def answers(

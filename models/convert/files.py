@@ -54,7 +54,7 @@ def convert_file(
     Raises:
         UserError: unreadable, of no known family, or the weights do not fit it.
     """
-    state, wrapper = unwrap(read_checkpoint(path), where=path)
+    state, wrapper = unwrap(read_checkpoint(path), where=path, prefer=families.get(family).wrapper if family else "")
     chosen = families.get(family) if family else families.recognise(state, where=path)
     if not chosen.recognise(shapes_of(state)):
         raise UserError(f"is not of the family {chosen.name}", where=path, fix="leave the family out: it is recognised")
@@ -91,6 +91,7 @@ def export_original(folder: Path, out_file: Path, family: str | None = None) -> 
     chosen = families.get(name)
     averaged = folder / EMA_NAME
     theirs = chosen.to_theirs(read_weights(averaged if averaged.exists() else folder / WEIGHTS_NAME))
+    theirs = chosen.finish(theirs, content["model"])
     if out_file.is_dir():
         raise UserError("is a folder", where=out_file, fix="give a file to write, e.g. MODEL.safetensors")
     out_file.parent.mkdir(parents=True, exist_ok=True)

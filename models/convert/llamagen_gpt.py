@@ -1,4 +1,4 @@
-"""LlamaGen's class-conditional GPT (B … 3B, any size): `Transformer` of its public repository."""
+"""LlamaGen's GPT (B … 3B, any size), of classes (c2i) and of texts (t2i), and D-AR's, which differs in its places alone."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ from .family import Family, Node, Shapes, State
 # Theirs, ours. Only the feed-forward differs in more than its name: they keep gate (w1) and up (w3) apart, we keep one matrix.
 _NAMES = {
     "cls_embedding.embedding_table.weight": "classes.weight",
+    "cls_embedding.cap_proj.fc1.weight": "condition.up.weight",
+    "cls_embedding.cap_proj.fc2.weight": "condition.down.weight",
+    "cls_embedding.uncond_embedding": "condition.nothing",
     "tok_embeddings.weight": "tokens.weight",
     "norm.weight": "transformer.norm.weight",
     "output.weight": "head.weight",
@@ -33,13 +36,15 @@ _LAYER_NAMES = {
 _GATE, _UP, _GATE_UP = "feed_forward.w1.weight", "feed_forward.w3.weight", "mlp.gate_up.weight"
 _LAYER, _BLOCK = re.compile(r"layers\.(\d+)\.(.+)"), re.compile(r"transformer\.blocks\.(\d+)\.(.+)")
 _ROPE = "freqs_cis"
-_FIXED = {"norm_eps": 1e-5, "rope_base": 10000, "cls_token_num": 1}  # arguments that no published size changes
+_CLASSES, _TEXT = "cls_embedding.embedding_table.weight", "cls_embedding.cap_proj.fc1.weight"
+_NOTHING = "cls_embedding.uncond_embedding"
+_FIXED = {"norm_eps": 1e-5, "rope_base": 10000}  # arguments that no published size changes
 _DEFAULT_TOKENS = 256
 _MULTIPLES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 
 
 class LlamaGenGPT(Family):
-    """`Transformer` with a class prefix: our `NextToken` over a square grid."""
+    """`Transformer` with a class or a text as prefix: our `NextToken` over a square grid."""
 
     name = "llamagen_gpt"
 
@@ -49,18 +54,15 @@ class LlamaGenGPT(Family):
 
     def config_from(self, shapes: Shapes, config: Mapping[str, Any]) -> Node:
         """Sizes from the shapes; heads and grid from the config, else from the table of published sizes and 16 × 16."""
-        _refuse_other_conditions(shapes)
         vocab_size, dim = shapes["tok_embeddings.weight"]
         layers = 1 + max(int(found[1]) for name in shapes if (found := _LAYER.fullmatch(name)))
-        num_classes = shapes["cls_embedding.embedding_table.weight"][0] - 1
-        sizes = {"vocab_size": vocab_size, "dim": dim, "n_layer": layers, "num_classes": num_classes}
-        _check_against(config, {**sizes, **_FIXED})
-        side = _side(shapes, config)
+        sizes = {"vocab_size": vocab_size, "dim": dim, "n_layer": layers}
+        _check_against(config, {**sizes, **_FIXED, **_condition_sizes(shapes)})
         return {
             "_target_": "tokar.models.generators.next_token.NextToken",
             "vocab_size": vocab_size,
-            "num_classes": num_classes,
-            "grid": [side, side],
+            **_condition(shapes, dim),
+            **self._places(shapes, config),
             "dim": dim,
             "layers": layers,
             "heads": _heads(shapes, config, dim, layers),
@@ -70,6 +72,11 @@ class LlamaGenGPT(Family):
             "ffn_dropout": config.get("ffn_dropout_p", 0.1),
             "drop_path": config.get("drop_path_rate", 0.0),
         }
+
+    def _places(self, shapes: Shapes, config: Mapping[str, Any]) -> Node:
+        """How many tokens there are, and how the network knows where each lies."""
+        side = _side(shapes, config)
+        return {"grid": [side, side]}
 
     def to_ours(self, state: Mapping[str, Tensor]) -> tuple[State, list[str]]:
         """Rename, join gate and up, drop the rotary table (it follows from the sizes)."""
@@ -102,9 +109,12 @@ class LlamaGenGPT(Family):
     def answers(
         self, models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], config: Mapping[str, Any]
     ) -> dict[str, Tensor]:
-        """`logits [B, N, V]` of `indices` given `class_ids`, and `greedy_cfg2 [B, N]` for `sample_class_ids`."""
+        """`logits [B, N, V]` of `indices` given `class_ids`, and `greedy_cfg2 [B, N]` for `sample_class_ids`.
+
+        A text is `text_features [B, P, W]` and `text_mask [B, P]` in the place of `class_ids`.
+        """
         model: Any = models["state"]
-        answers = {"logits": model.logits(inputs["indices"], inputs["class_ids"])}
+        answers = {"logits": model.logits(inputs["indices"], _condition_in(inputs))}
         if "sample_class_ids" in inputs:
             answers["greedy_cfg2"] = sample(model, inputs["sample_class_ids"], seed=0, guidance=2.0, greedy=True)
         return answers
@@ -117,13 +127,45 @@ def _back(name: str) -> str:
     return names[name]
 
 
-def _refuse_other_conditions(shapes: Shapes) -> None:
-    if any(name.startswith("cls_embedding.cap_proj.") for name in shapes):
-        raise UserError("a text-conditional LlamaGen", fix="only class-conditional (c2i) weights can be read")
-    if "cls_embedding.embedding_table.weight" not in shapes:
-        raise UserError(
-            "a LlamaGen GPT without cls_embedding.embedding_table.weight", fix="give class-conditional (c2i) weights"
-        )
+class DARGPT(LlamaGenGPT):
+    """D-AR's: the same tensors, but tokens in a row with the class at place 0. Nothing in the file tells: it must be named."""
+
+    name = "d_ar"
+
+    def _places(self, shapes: Shapes, config: Mapping[str, Any]) -> Node:
+        return {"n_tokens": _tokens(shapes, config), "positions": "rotary_class"}
+
+
+def _condition_sizes(shapes: Shapes) -> dict[str, int]:
+    """What the tensors say about the condition, under the original's argument names.
+
+    Raises:
+        UserError: there is no condition.
+    """
+    if _CLASSES in shapes:
+        return {"num_classes": shapes[_CLASSES][0] - 1, "cls_token_num": 1}
+    if _TEXT in shapes and _NOTHING in shapes:
+        tokens, features = shapes[_NOTHING]
+        return {"caption_dim": features, "cls_token_num": tokens}
+    raise UserError(
+        f"a LlamaGen GPT without {_NOTHING if _TEXT in shapes else _CLASSES}", fix="the file is incomplete: copy it again"
+    )
+
+
+def _condition(shapes: Shapes, dim: int) -> Node:
+    sizes = _condition_sizes(shapes)
+    if "num_classes" in sizes:
+        return {"num_classes": sizes["num_classes"]}
+    target = "tokar.models.generators.conditions.TextCondition"
+    text = {"_target_": target, "dim": dim, "features": sizes["caption_dim"], "tokens": sizes["cls_token_num"]}
+    return {"num_classes": 0, "condition": text}
+
+
+def _condition_in(inputs: Mapping[str, Tensor]) -> Tensor:
+    if "text_features" not in inputs:
+        return inputs["class_ids"]
+    features = inputs["text_features"]
+    return torch.cat((features, inputs["text_mask"][..., None].to(features.dtype)), dim=-1)
 
 
 def _check_against(config: Mapping[str, Any], found: Mapping[str, float]) -> None:
@@ -132,10 +174,16 @@ def _check_against(config: Mapping[str, Any], found: Mapping[str, float]) -> Non
             raise UserError(f"{key} is {config[key]} in the config, but {value} in this model", fix="correct the config")
 
 
+def _tokens(shapes: Shapes, config: Mapping[str, Any]) -> int:
+    """Tokens of an image: from `block_size`, a rotary table left in the file (with rows for the prefix), or the default."""
+    prefix = _condition_sizes(shapes)["cls_token_num"]
+    rope: Sequence[int] = shapes.get(_ROPE, (prefix + _DEFAULT_TOKENS,))
+    return int(config.get("block_size", rope[0] - prefix))
+
+
 def _side(shapes: Shapes, config: Mapping[str, Any]) -> int:
-    """Cells along a side: from `block_size`, a rotary table left in the file (with one row for the class), or the default."""
-    rope: Sequence[int] = shapes.get(_ROPE, (1 + _DEFAULT_TOKENS,))
-    tokens = int(config.get("block_size", rope[0] - 1))
+    """Cells along a side of a square grid."""
+    tokens = _tokens(shapes, config)
     side = math.isqrt(tokens)
     if side * side != tokens:
         raise UserError(f"block_size {tokens} is not a square", fix="give the number of tokens of a square grid")

@@ -1,25 +1,27 @@
-"""Next-token generator: LlamaGen's class-conditional GPT (arXiv:2406.06525) and its relatives, over any in-order plan.
+"""Next-token generators: LlamaGen's GPT (arXiv:2406.06525) and its relatives GigaTok's and D-AR's, over grids and rows.
 
-Shapes: `B` batch, `N` tokens of an image, `S` slots, `L` slots of one pass, `C` width, `V` vocabulary, `D` head width.
-Slot 0 holds the class, slot i the code of token i-1; slot i predicts token i.
+Shapes: `B` batch, `N` tokens of an image, `P` prefix slots, `L` slots of one pass, `C` width, `V` vocabulary.
+The last prefix slot predicts token 0, the slot that holds token i predicts token i + 1.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...ranges import Fraction, PositiveInt
+from ...ranges import Fraction, NonNegativeInt, PositiveInt
 from ..attention import Context, KVCache, rope_table
 from ..layers import init_normal
-from .base import Generator
-from .plan import Plan, raster, sequence
-from .transformer import Transformer, TransformerConfig
+from .conditions import TextCondition
+from .orders import raster, sequence
+from .plan import Plan
+from .planned import DecodeState, Facts, PlannedGenerator
+from .transformer import TransformerConfig
 
 # The published sizes: width, blocks, heads.
 SIZES = {
@@ -32,38 +34,26 @@ SIZES = {
     "3B": (3200, 24, 32),
     "7B": (4096, 32, 32),
 }
+QK_EPS = 1e-5  # GigaTok's, PyTorch's default
 
 
-@dataclass
-class DecodeState:
-    """A generation under way.
-
-    Args:
-        memory: the cache of all rows that may ever be used.
-        cache: its rows in use.
-        condition: `[B]` of the rows in use.
-        codes: `[B, N]` committed so far.
-        compiled: run the repeated step through `torch.compile`.
-    """
-
-    memory: KVCache
-    cache: KVCache
-    condition: Tensor
-    codes: Tensor
-    compiled: bool = False
-
-
-class NextToken(Generator):
-    """Class-conditional next-token transformer: RMSNorm, SwiGLU, rotary positions, the class as prefix slot.
+class NextToken(PlannedGenerator):
+    """Next-token transformer: RMSNorm, SwiGLU, a class or a text as prefix slots.
 
     Args:
         vocab_size: number of codes `V`.
-        num_classes: number of classes; one more row of the class table stands for "no class".
-        grid: rows and columns of the tokens: 2-D rotary positions, raster order.
-        n_tokens: number of tokens of a 1-D tokenizer: 1-D rotary positions. Exactly one of `grid`, `n_tokens`.
+        num_classes: number of classes; one more row of the class table stands for "no class". A text needs none.
+        grid: rows and columns of the tokens, in raster order.
+        n_tokens: number of tokens of a 1-D tokenizer. Exactly one of `grid`, `n_tokens`.
         dim: width `C`.
         layers: number of blocks.
         heads: attention heads.
+        positions: `rotary`, 2-D over a grid and 1-D over a row, the class without a place (LlamaGen: its queries and keys are
+            zero); `rotary_class`, 1-D with the class at place 0 (D-AR); `learned`, a table of the class and all tokens
+            (GigaTok).
+        qk_norm: LayerNorm of each head's queries and keys.
+        modulation: adaptive layer norm by the class besides its slot.
+        condition: how texts are read (`TextCondition`); `None`: the condition is a class.
         multiple_of: the feed-forward's hidden width, two thirds of `4·dim`, is rounded up to a multiple of this.
         token_dropout: rate on the input embeddings.
         resid_dropout: rate after each attention.
@@ -77,141 +67,156 @@ class NextToken(Generator):
     def __init__(
         self,
         vocab_size: PositiveInt,
-        num_classes: PositiveInt,
+        num_classes: NonNegativeInt,
         grid: tuple[int, int] | None = None,
         n_tokens: PositiveInt | None = None,
         dim: PositiveInt = 768,
         layers: PositiveInt = 12,
         heads: PositiveInt = 12,
+        positions: Literal["rotary", "rotary_class", "learned"] = "rotary",
+        qk_norm: bool = False,
+        modulation: Literal["none", "block", "shared"] = "none",
+        condition: nn.Module | None = None,
         multiple_of: PositiveInt = 256,
         token_dropout: Fraction = 0.1,
         resid_dropout: Fraction = 0.1,
         ffn_dropout: Fraction = 0.1,
         drop_path: Fraction = 0.0,
     ) -> None:
-        super().__init__()
-        self.vocab_size, self.num_classes, self.token_dropout = vocab_size, num_classes, token_dropout
-        self.plan = _make_plan(grid, n_tokens)
         config = TransformerConfig(
             dim,
             layers,
             heads,
+            qk_norm="layer" if qk_norm else "none",
+            qk_eps=QK_EPS,
+            modulation=modulation,
             multiple_of=multiple_of,
             resid_dropout=resid_dropout,
             ffn_dropout=ffn_dropout,
             drop_path=drop_path,
         )
-        axes = len(self.plan.coords[0])
-        if config.head_dim % (2 * axes):
-            raise ValueError(f"a head is {config.head_dim} wide; {axes}-D rotary positions need a multiple of {2 * axes}")
-        self.classes = nn.Embedding(num_classes + 1, dim)
+        text = _checked(condition, num_classes, dim, modulation)
+        super().__init__(_make_plan(grid, n_tokens, text.tokens if text else 1), vocab_size, num_classes, config)
+        self.token_dropout = token_dropout
+        self.condition = text
+        self.classes = nn.Embedding(num_classes + 1, dim) if text is None else None
         self.tokens = nn.Embedding(vocab_size, dim)
-        self.transformer = Transformer(config)
         self.head = nn.Linear(dim, vocab_size, bias=False)
         init_normal(self)
-        nn.init.zeros_(self.head.weight)
-        self._ropes: dict[torch.device, Tensor] = {}
+        for zeroed in (self.head, *self._modulations()):
+            for parameter in zeroed.parameters():
+                nn.init.zeros_(parameter)
+        slots = 1 + self.plan.n_slots  # the last token is never fed: its row is there because the published table has it
+        self.positions = nn.Parameter(torch.randn(slots, dim) * dim**-0.5) if positions == "learned" else None
+        self._rotary = None if positions == "learned" else Facts(_rotary(self.plan, config.head_dim, positions))
 
-    def logits(self, codes: Tensor, condition: Tensor) -> Tensor:
-        """Teacher-forced logits `[B, N, V]` of codes `[B, N]` given conditions `[B]`."""
-        return self.head(self._hidden(codes, condition, self.plan.n_slots))
+    def _modulations(self) -> list[nn.Module]:
+        """Adaptive layer norms begin as none (GigaTok's, DiT's)."""
+        layers = [block.modulation for block in self.transformer.blocks]
+        return [layer for layer in (*layers, self.transformer.shared, self.transformer.final) if isinstance(layer, nn.Module)]
 
-    def loss(self, codes: Tensor, condition: Tensor) -> dict[str, Tensor]:
-        """Mean cross-entropy in nats per token, of float32 logits."""
-        codes = codes.long()
-        logits = self.logits(codes, condition).float()
-        return {"loss": F.cross_entropy(logits.flatten(0, 1), codes.flatten())}
+    def _fill(self, codes: Tensor, condition: Tensor, slots: slice, carry: Tensor | None) -> Tensor:
+        prefix = self.plan.prefix + 1
+        parts = [self._prefix(condition)] if slots.start == 0 else []
+        held = codes[:, max(slots.start - prefix, 0) : slots.stop - prefix]
+        x = torch.cat((*parts, self.tokens(held)), dim=1) if held.shape[1] or not parts else parts[0]
+        if self.positions is not None:
+            x = x + self.positions[slots]
+        return F.dropout(x, self.token_dropout, self.training)
 
-    def recompute(self, codes: Tensor, condition: Tensor, unit: int) -> Tensor:
-        """Logits `[B, 1, V]` of `unit` by a full pass over the slots up to it."""
-        return self.head(self._hidden(codes, condition, unit + 1)[:, -1:])
+    def _prefix(self, condition: Tensor) -> Tensor:
+        """The slots before the first token, `[B, P, C]`."""
+        if self.condition is not None:
+            return self.condition(condition)
+        assert self.classes is not None
+        return self.classes(condition)[:, None]
 
-    @torch.no_grad()
-    def begin(self, condition: Tensor, *, capacity: int | None = None, compile: bool = False) -> DecodeState:
-        """Allocate the cache for `capacity` rows; nothing is computed yet."""
-        rows, device = condition.shape[0], condition.device
-        config, dtype = self.transformer.config, self.head.weight.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        memory = KVCache(
-            config.layers, capacity or rows, config.heads, self.plan.n_slots, config.head_dim, device=device, dtype=dtype
-        )
-        codes = condition.new_zeros(rows, self.plan.n_tokens)
-        return DecodeState(memory, memory.rows(0, rows), condition, codes, compile)
+    def _head(self, hidden: Tensor, first: int, last: int) -> Tensor:
+        return self.head(hidden[:, self.plan.prefix :] if first == 0 and self.plan.prefix else hidden)
+
+    def _modulation(self, condition: Tensor, slots: slice) -> Tensor | None:
+        if self.transformer.final is None:
+            return None
+        signal = self._prefix(condition)
+        return signal if self.positions is None else signal + self.positions[:1]
+
+    def _padding(self, condition: Tensor) -> Tensor | None:
+        return None if self.condition is None else self.condition.padding(condition)
+
+    @property
+    def text(self) -> TextCondition | None:
+        """How it reads texts; `None`: it is conditioned on classes."""
+        return self.condition
+
+    def null(self, condition: Tensor) -> Tensor:
+        """The condition of the same rows that means "no condition"."""
+        return super().null(condition) if self.condition is None else self.condition.null(condition)
+
+    def check_condition(self, condition: Tensor) -> None:
+        """See `Generator.check_condition`."""
+        return super().check_condition(condition) if self.condition is None else self.condition.check(condition)
+
+    def _rope(self, slots: slice, device: torch.device) -> Tensor | None:
+        return None if self._rotary is None else self._rotary.on(device)[:, slots]
 
     @torch.no_grad()
     def propose(self, state: DecodeState, unit: int) -> Tensor:
         """Logits `[B, 1, V]` of token `unit`."""
-        if unit == 0:
-            x = self.classes(state.condition)[:, None]
-        elif state.compiled:
-            position = torch.tensor([unit], device=state.codes.device)
-            return _compiled_step()(self, state.codes[:, unit - 1 : unit], position, state.cache)
-        else:
-            x = self.tokens(state.codes[:, unit - 1 : unit])
-        rope = self._rope(x.device)[:, unit : unit + 1]
-        return self.head(self.transformer(x, Context(rope, cache=state.cache)))
+        if not state.compiled or unit == 0:
+            return super().propose(state, unit)
+        position = torch.tensor([self.plan.span(unit).start], device=state.codes.device)
+        state.calls += 1
+        return _compiled_step()(self, state.codes[:, unit - 1 : unit], state.condition, position, state.cache)
 
-    @torch.no_grad()
-    def commit(self, state: DecodeState, unit: int, values: Tensor) -> None:
-        """Fix token `unit` to `values [B, 1]`."""
-        state.codes[:, unit : unit + 1] = values
-        state.cache.length = unit + 1
-
-    @torch.no_grad()
-    def join(self, state: DecodeState, condition: Tensor, codes: Tensor, unit: int) -> None:
-        """Add rows with the first `unit` tokens of `codes` behind them, in one pass."""
-        start = state.condition.shape[0]
-        stop = start + condition.shape[0]
-        if unit:
-            fresh = state.memory.rows(start, stop)
-            fresh.length = 0
-            self._hidden(codes, condition, unit, fresh)
-        state.condition = torch.cat((state.condition, condition))
-        state.codes = torch.cat((state.codes, codes))
-        self._use_rows(state, stop)
-
-    @torch.no_grad()
-    def keep(self, state: DecodeState, rows: int) -> None:
-        """Forget all but the first `rows` rows."""
-        state.condition, state.codes = state.condition[:rows], state.codes[:rows].clone()
-        self._use_rows(state, rows)
-
-    def _use_rows(self, state: DecodeState, rows: int) -> None:
-        length = state.cache.length
-        state.cache = state.memory.rows(0, rows)
-        state.cache.length = length
-
-    def _hidden(self, codes: Tensor, condition: Tensor, slots: int, cache: KVCache | None = None) -> Tensor:
-        """Hidden states `[B, slots, C]` of the first slots, all known: a training or prefill pass."""
-        x = torch.cat((self.classes(condition)[:, None], self.tokens(codes[:, : slots - 1].long())), dim=1)
-        x = F.dropout(x, self.token_dropout, self.training)
-        return self.transformer(x, Context(self._rope(x.device)[:, :slots], causal=self.plan.causal, cache=cache))
-
-    def _rope(self, device: torch.device) -> Tensor:
-        # Not a buffer: a model built on the meta device would never get its values, and no checkpoint should hold it.
-        if device not in self._ropes:
-            with torch.inference_mode(False):  # kept for training, where a tensor born in inference mode is refused
-                self._ropes[device] = rope_table(self.plan.coords, self.transformer.config.head_dim).to(device)
-        return self._ropes[device]
-
-    def _step(self, previous: Tensor, position: Tensor, cache: KVCache) -> Tensor:
+    def _step(self, previous: Tensor, condition: Tensor, position: Tensor, cache: KVCache) -> Tensor:
         """The repeated step with shapes that never change: logits `[B, 1, V]` after the codes `previous [B, 1]`."""
-        rope = self._rope(previous.device)[:, position]
+        x = self.tokens(previous)
+        if self.positions is not None:
+            x = x + self.positions[position]
+        rope = None if self._rotary is None else self._rotary.on(x.device)[:, position]
         seen = torch.arange(self.plan.n_slots, device=position.device)[None] <= position
+        if (padding := self._padding(condition)) is not None:
+            seen = (seen & F.pad(padding, (0, self.plan.n_slots - padding.shape[1]), value=True))[:, None, None]
         cache.position = position
-        logits = self.head(self.transformer(self.tokens(previous), Context(rope, mask=seen, cache=cache)))
+        context = Context(rope, mask=seen, cache=cache)
+        hidden = self.transformer(x, context, self._modulation(condition, slice(0, 1)))
         cache.position = None
-        return logits
+        return self.head(hidden)
 
 
 @functools.cache
-def _compiled_step() -> Callable[[NextToken, Tensor, Tensor, KVCache], Tensor]:
+def _compiled_step() -> Callable[[NextToken, Tensor, Tensor, Tensor, KVCache], Tensor]:
     # Of the class, not of one model: a copy of a model would else carry a step that is bound to the weights of the first.
     return torch.compile(NextToken._step, dynamic=False)
 
 
-def _make_plan(grid: tuple[int, int] | None, n_tokens: int | None) -> Plan:
+def _checked(condition: nn.Module | None, num_classes: int, dim: int, modulation: str) -> TextCondition | None:
+    if condition is None:
+        if num_classes < 1:
+            raise ValueError("no classes and no condition; give num_classes, or a condition that reads texts")
+        return None
+    if not isinstance(condition, TextCondition):
+        raise ValueError(f"{type(condition).__name__} reads no condition; give a TextCondition, or null for classes")
+    if condition.dim != dim:
+        raise ValueError(
+            f"a condition of width {condition.dim} in a generator of width {dim}; set generator.condition.dim={dim}"
+        )
+    if modulation != "none":
+        raise ValueError("texts do not modulate; set modulation=none")
+    return condition
+
+
+def _make_plan(grid: tuple[int, int] | None, n_tokens: int | None, prefix: int = 1) -> Plan:
     if (grid is None) == (n_tokens is None):
         raise ValueError("give exactly one of grid (2-D tokens) and n_tokens (1-D tokens)")
-    return raster((grid[0], grid[1])) if grid is not None else sequence(int(n_tokens or 0))
+    return raster((grid[0], grid[1]), prefix) if grid is not None else sequence(int(n_tokens or 0), prefix)
+
+
+def _rotary(plan: Plan, head_dim: int, positions: str) -> Tensor:
+    coords = [(slot,) for slot in range(plan.n_slots)] if positions == "rotary_class" else plan.coords
+    axes = len(coords[0])
+    if head_dim % (2 * axes):
+        raise ValueError(
+            f"a head is {head_dim} wide; {axes}-D rotary positions need a multiple of {2 * axes}; change dim or heads"
+        )
+    return rope_table(coords, head_dim)

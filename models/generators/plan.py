@@ -7,9 +7,11 @@ tokens that it predicts. Slots that are fed before the first step (a text prefix
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from ..tokenizers.layout import TokenLayout
 
 CacheMode = Literal["append_on_propose", "append_on_commit"]
 NO_PLACE = -1
+"""A slot's coordinate where it has no place."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,11 @@ class Plan:
             if token >= 0 and self.revealed_at[token] >= self.unit[slot]:
                 raise ValueError(f"slot {slot} of unit {self.unit[slot]} holds token {token}, which is not yet revealed")
 
+    @cached_property
+    def in_layout_order(self) -> bool:
+        """Tokens are revealed in the order of the layout."""
+        return self.perm == tuple(range(len(self.perm)))
+
     @property
     def n_tokens(self) -> int:
         """Number of tokens of an image."""
@@ -92,7 +100,8 @@ class Plan:
     @cached_property
     def shift(self) -> bool:
         """Slots predict another token than the one they hold (next-token), not their own (masked, next-scale)."""
-        return any(token >= 0 and token not in heads for token, heads in zip(self.holds, self.predicts, strict=True))
+        pairs = zip(self.holds, self.predicts, strict=True)
+        return any(token >= 0 and max(heads) >= 0 and token not in heads for token, heads in pairs)
 
     @cached_property
     def revealed_at(self) -> tuple[int, ...]:
@@ -138,6 +147,20 @@ class Plan:
     def slots(self, unit: int) -> tuple[int, ...]:
         """Slots that are fed in `unit`."""
         return self._slots[unit]
+
+    @cached_property
+    def _spans(self) -> tuple[slice, ...]:
+        ends = np.cumsum([self.prefix, *map(len, self._slots)]).tolist()
+        return (slice(0, ends[1]), *(slice(start, stop) for start, stop in pairwise(ends[1:])))
+
+    def span(self, unit: int) -> slice:
+        """The slots of `unit` in a plan of one stream; those of the first unit with the prefix before them."""
+        return self._spans[unit]
+
+    @cached_property
+    def prefix(self) -> int:
+        """Number of slots that are fed before the first unit: a text, but its last token."""
+        return sum(unit < 0 for unit in self.unit)
 
     @cached_property
     def committed(self) -> tuple[int, ...]:
@@ -188,35 +211,21 @@ def allow(query: Tensor, key: Tensor, noisy_query: Tensor, noisy_key: Tensor) ->
     return torch.where(noisy_key, noisy_query & (key == query), clean_key)
 
 
+@functools.lru_cache(maxsize=64)
+def block_mask(plan: Plan, slots: int, device: torch.device) -> Any:
+    """`visible` of the first `slots` slots as a BlockMask of FlexAttention, by the same rule. Made once per plan and device."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    with torch.inference_mode(False):  # kept for training, as above
+        unit = torch.from_numpy(plan._units).to(device)
+        noisy = torch.from_numpy(plan._noisy).bool().to(device)
+
+        def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return allow(unit[query], unit[key], noisy[query], noisy[key])
+
+        return create_block_mask(rule, None, None, slots, slots, device=device)
+
+
 def visible(plan: Plan) -> Tensor:
     """Dense mask `[S, S]`, bool, on the CPU: query slot (row) may see key slot (column). Made once per plan."""
     return plan._visible
-
-
-def raster(grid: tuple[int, int], prefix: int = 1) -> Plan:
-    """Next-token over a grid, row by row.
-
-    Args:
-        grid: rows and columns.
-        prefix: slots before the first token (1 for a class); the last of them predicts token 0.
-    """
-    rows, columns = grid
-    return _next_token([(row, column) for row in range(rows) for column in range(columns)], prefix, (rows, columns))
-
-
-def sequence(n_tokens: int, prefix: int = 1) -> Plan:
-    """Next-token over a 1-D sequence; places are `0 … n_tokens-1`."""
-    return _next_token([(index,) for index in range(n_tokens)], prefix, None)
-
-
-def _next_token(places: list[tuple[int, ...]], prefix: int, grid: tuple[int, int] | None) -> Plan:
-    n_tokens = len(places)
-    nowhere = tuple(NO_PLACE for _ in places[0])
-    return Plan(
-        perm=tuple(range(n_tokens)),
-        unit=tuple(range(1 - prefix, n_tokens)),
-        holds=(-1,) * prefix + tuple(range(n_tokens - 1)),
-        predicts=((-1,),) * (prefix - 1) + tuple((token,) for token in range(n_tokens)),
-        coords=(nowhere,) * prefix + tuple(places[:-1]),
-        grid=grid,
-    )

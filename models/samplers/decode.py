@@ -1,4 +1,4 @@
-"""The one sampler: for every unit of the plan propose, guide, pick, fill, commit.
+"""The one sampler: for every unit of the plan, for every step within it, propose, guide, pick, fill; then commit.
 
 Shapes: `B` samples, `N` tokens of an image, `U` tokens of one unit, `V` vocabulary.
 Guidance needs logits with and without the condition. Both halves share one batch (conditional rows first), but the second
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from ..generators.base import Generator
 from ..generators.plan import Plan
 from .decoders import CachedDecoder, Decoder, UncachedDecoder
 from .guidance import OFF, Varying, combine, parse_schedule
-from .pick import pick, uniforms
+from .pick import Numbers, pick
+from .reveal import Inner, Within, inner_for, offer_of
 
 Progress = Callable[[int, int], None]
 
@@ -35,6 +37,7 @@ class Choices:
         top_k: see `pick`.
         top_p: see `pick`.
         greedy: take the most likely token.
+        inner: how a unit is revealed in several steps; `None`: in one.
     """
 
     scales: Sequence[float]
@@ -42,6 +45,7 @@ class Choices:
     top_k: int
     top_p: float
     greedy: bool
+    inner: Inner | None = None
 
     @cached_property
     def guided(self) -> list[bool]:
@@ -53,30 +57,58 @@ class Choices:
         """The last unit that needs it, -1 when none does."""
         return max((unit for unit, guided in enumerate(self.guided) if guided), default=-1)
 
+    def pick(self, logits: Tensor, numbers: Tensor, unit: int) -> Tensor:
+        """Codes `[B, U]` of `unit` from guided logits and one number for each."""
+        temperature = self.temperatures[unit]
+        return pick(logits, numbers, temperature=temperature, top_k=self.top_k, top_p=self.top_p, greedy=self.greedy)
 
-def choices_for(plan: Plan, guidance: Varying, temperature: Varying, top_k: int, top_p: float, greedy: bool) -> Choices:
-    """How every unit of `plan` is drawn; see `sample`.
+
+@dataclass
+class Tally:
+    """What sampling cost.
+
+    Args:
+        calls: passes of the network over a batch.
+        batches: batches drawn.
+    """
+
+    calls: int = 0
+    batches: int = 0
+
+    @property
+    def calls_per_image(self) -> float:
+        """Passes that an image took part in."""
+        return self.calls / max(self.batches, 1)
+
+
+def choices_for(
+    generator: Generator,
+    *,
+    guidance: Varying = OFF,
+    temperature: Varying = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    greedy: bool = False,
+    **within: Unpack[Within],
+) -> Choices:
+    """How every unit of `generator` is drawn; see `sample`.
 
     Raises:
         UserError: a number out of range, an unknown schedule.
     """
-    temperatures = parse_schedule(temperature, "temperature").over(plan)
+    plan, temperatures = generator.plan, parse_schedule(temperature, "temperature").over(generator.plan)
     if min(temperatures) <= 0:
         raise UserError("must be positive", where="temperature", fix="use greedy for the most likely token")
     if top_k < 0:
         raise UserError(f"{top_k} is negative", where="top_k", fix="use 0 to keep all tokens")
     if not 0 < top_p <= 1:
         raise UserError(f"{top_p} is not in (0, 1]", where="top_p", fix="use 1 to keep all tokens")
-    return Choices(parse_schedule(guidance).over(plan), temperatures, top_k, top_p, greedy)
+    inner = inner_for(generator, within)
+    return Choices(parse_schedule(guidance).over(plan), temperatures, top_k, top_p, greedy, inner)
 
 
 def _check_request(generator: Generator, condition: Tensor, seed: int, ids: Sequence[int], given: Tensor | None) -> None:
-    if len(condition) and not 0 <= int(condition.min()) <= int(condition.max()) <= generator.null_class:
-        raise UserError(
-            f"class ids {int(condition.min())} … {int(condition.max())} asked for",
-            where="condition",
-            fix=f"this generator knows 0 … {generator.num_classes - 1}, and {generator.null_class} for no class",
-        )
+    generator.check_condition(condition)
     if seed < 0 or min(ids, default=0) < 0:
         raise UserError("negative", where="seed or sample_ids", fix="use numbers from 0 on")
     if len(ids) != len(condition):
@@ -108,6 +140,8 @@ def sample(
     given: Tensor | None = None,
     compile: bool = False,
     progress: Progress | None = None,
+    tally: Tally | None = None,
+    **within: Unpack[Within],
 ) -> Tensor:
     """Draw codes from a generator.
 
@@ -115,7 +149,7 @@ def sample(
 
     Args:
         generator: any; put in eval mode meanwhile.
-        condition: `[B]` class ids, on the generator's device.
+        condition: `[B, …]`, on the generator's device: class ids, or what a generator of texts reads.
         seed: not negative.
         sample_ids: `[B]` ids, not negative; `0 … B-1` when not given.
         guidance: scale `s` in `u + s·(c - u)`, a number or a schedule (see `parse_schedule`); 1: none.
@@ -125,9 +159,11 @@ def sample(
         greedy: take the most likely token instead of drawing.
         cache: use the KV cache; without it every unit is a full pass.
         max_batch: draw at most this many samples at once. On a GPU that runs out of memory it is halved until it fits.
-        given: `[B, N]` codes that are fixed, -1 where a code is to be drawn (in- and out-painting).
+        given: `[B, N]` codes that are fixed, -1 where a code is to be drawn (in- and out-painting); `[1, N]`: of all samples.
         compile: run the decode step through `torch.compile`: worth it for many samples on a GPU.
         progress: called after every unit with tokens done and tokens in all.
+        tally: is told what it cost.
+        within: how a generator of blocks reveals one; see `Within`.
 
     Returns:
         Codes `[B, N]` int64 in layout order, on the generator's device.
@@ -136,27 +172,38 @@ def sample(
         UserError: a choice out of range, or a generator that gives NaN.
     """
     plan, total = generator.plan, len(condition) * generator.plan.n_tokens
-    choices = choices_for(plan, guidance, temperature, top_k, top_p, greedy)
+    choices = choices_for(
+        generator, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy, **within
+    )
+    if choices.inner and choices.inner.sub_block_cache and not cache:
+        raise UserError(
+            "without a cache there is none of sub-blocks", where="sub_block_cache", fix="set it false, or cache true"
+        )
     ids = range(len(condition)) if sample_ids is None else sample_ids.tolist()
+    if given is not None and len(given) == 1:
+        given = given.expand(len(condition), -1)
     _check_request(generator, condition, seed, ids, given)
     if max_batch is not None and max_batch < 1:
         raise UserError(f"{max_batch}", where="max_batch", fix="draw at least one sample at once")
     if not ids:
         return condition.new_zeros(0, plan.n_tokens, dtype=torch.int64)
-    draws = uniforms(seed, ids, plan.n_tokens, condition.device)
 
     def run(rows: slice) -> Tensor:
-        part = condition[rows].long()
+        part = condition[rows]
+        part = part if part.is_floating_point() else part.long()
         capacity = len(part) * (2 if any(choices.guided) else 1)
         decoder = CachedDecoder(generator, part, capacity, compile) if cache else UncachedDecoder(generator, part)
         fixed = None if given is None else given[rows].to(part.device)
+        numbers = Numbers(seed, ids[rows], plan.n_tokens, part.device)
         broken = torch.zeros((), dtype=torch.bool, device=part.device)
         for unit in range(plan.n_units):
-            broken |= _reveal(decoder, plan, unit, choices, draws[rows], fixed)
+            broken |= _reveal(decoder, plan, unit, choices, numbers, fixed)
             if progress is not None:
                 progress(rows.start * plan.n_tokens + len(part) * plan.committed[unit + 1], total)
         if broken:  # asked once per chunk: a GPU would have to wait at every unit
             raise UserError("the generator's logits are not a number", fix="its weights diverged: use an earlier checkpoint")
+        if tally is not None:
+            tally.calls, tally.batches = tally.calls + decoder.calls, tally.batches + 1
         return decoder.codes
 
     training = generator.training
@@ -167,28 +214,56 @@ def sample(
         generator.train(training)
 
 
-def _reveal(decoder: Decoder, plan: Plan, unit: int, choices: Choices, draws: Tensor, given: Tensor | None) -> Tensor:
-    """One unit: propose, guide, pick, fill, commit; says (bool, no axes) whether a logit was not a number."""
+def _reveal(decoder: Decoder, plan: Plan, unit: int, choices: Choices, numbers: Numbers, given: Tensor | None) -> Tensor:
+    """One unit, in one step or in several, then its commit; says (bool, no axes) whether a logit was not a number."""
     columns = plan.columns(unit)
     if choices.guided[unit] and not decoder.paired:
         decoder.pair(unit)
     elif decoder.paired and unit > choices.last_guided:
         decoder.unpair()
-    logits = decoder.propose(unit)
-    if decoder.paired:
-        conditional, unconditional = logits.chunk(2)
-        logits = combine(conditional, unconditional, choices.scales[unit]) if choices.guided[unit] else conditional
-    values = pick(
-        logits,
-        draws[:, columns],
-        temperature=choices.temperatures[unit],
-        top_k=choices.top_k,
-        top_p=choices.top_p,
-        greedy=choices.greedy,
-    )
-    if given is not None:
-        values = torch.where(given[:, columns] >= 0, given[:, columns], values)
+    fixed = None if given is None else given[:, columns]
+    if choices.inner is None:
+        logits = _guided(decoder, decoder.propose(unit), unit, choices)
+        values, broken = choices.pick(logits, numbers.of_tokens(columns), unit), _is_broken(logits)
+        values = values if fixed is None else torch.where(fixed >= 0, fixed, values)
+    else:
+        hidden = decoder.codes.new_full((len(decoder.codes), len(plan.tokens(unit))), -1)
+        values = hidden if fixed is None else fixed.clone()
+        broken = _fill(decoder, unit, choices, choices.inner, numbers, values)
     decoder.commit(unit, values)
+    return broken
+
+
+def _fill(decoder: Decoder, unit: int, choices: Choices, inner: Inner, numbers: Numbers, values: Tensor) -> Tensor:
+    """Fill the hidden (-1) ones of `values [B, U]` part by part, step by step; says whether a logit was not a number."""
+    broken = torch.zeros((), dtype=torch.bool, device=values.device)
+    for part in inner.parts(values.shape[1]):
+        dues = inner.dues(unit, part.stop - part.start)
+        # All at once: how many steps there really are depends on the other rows of the batch.
+        drawn = numbers.take(len(dues), 2, part.stop - part.start)
+        for step, due in enumerate(dues):
+            hidden = values[:, part] < 0
+            if not hidden.any():
+                break
+            alone = inner.sub_block_cache and step > 0
+            logits = decoder.refine(unit, values, part if alone else None)
+            logits = _guided(decoder, logits if alone else logits[:, part], unit, choices)
+            candidates, left = choices.pick(logits, drawn[:, step, 0], unit), 1 - (step + 1) / len(dues)
+            offer = offer_of(logits, candidates, hidden, drawn[:, step, 1], choices.temperatures[unit], due, left)
+            values[:, part] = torch.where(inner.choose(offer), candidates, values[:, part])
+            broken |= _is_broken(logits)
+    return broken
+
+
+def _guided(decoder: Decoder, logits: Tensor, unit: int, choices: Choices) -> Tensor:
+    """The conditional half, guided by the other where the schedule wants it."""
+    if not decoder.paired:
+        return logits
+    conditional, unconditional = logits.chunk(2)
+    return combine(conditional, unconditional, choices.scales[unit]) if choices.guided[unit] else conditional
+
+
+def _is_broken(logits: Tensor) -> Tensor:
     # One column tells: a hidden state that is not a number spoils every logit.
     return logits[..., 0].isnan().any()
 

@@ -119,6 +119,25 @@ def _number(value: Any, where: str) -> float:
     return number
 
 
+def check_guidance(guidance: Varying, plan: Plan, dropout: float) -> None:
+    """Make sure that there is something to guide away from.
+
+    Args:
+        guidance: scale or schedule.
+        plan: of the generator.
+        dropout: share of the samples that it learned from without their condition.
+
+    Raises:
+        UserError: guidance, and it never saw a sample without its condition.
+    """
+    if dropout == 0 and any(scale != OFF for scale in parse_schedule(guidance).over(plan)):
+        raise UserError(
+            "guidance for a generator that never learns without its condition (class_dropout=0)",
+            where="sampling.guidance",
+            fix="set sampling.guidance=1, or train with class_dropout=0.1",
+        )
+
+
 def combine(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """Guided logits `u + s·(c - u)`, in float32."""
     unconditional = unconditional.float()

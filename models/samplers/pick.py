@@ -28,6 +28,31 @@ def uniforms(seed: int, sample_ids: Sequence[int], n_tokens: int, device: torch.
     return torch.from_numpy(np.stack([stream.random(n_tokens, dtype=np.float32) for stream in streams])).to(device)
 
 
+class Numbers:
+    """The random numbers of some samples: each has its own, whatever the batch.
+
+    Args:
+        seed: see `uniforms`.
+        sample_ids: see `uniforms`.
+        n_tokens: see `uniforms`.
+        device: where they go.
+    """
+
+    def __init__(self, seed: int, sample_ids: Sequence[int], n_tokens: int, device: torch.device) -> None:
+        self._tokens = uniforms(seed, sample_ids, n_tokens, device)
+        # Another part of the counter's range than that of `uniforms`.
+        self._streams = [np.random.Generator(np.random.Philox(key=[seed, index], counter=[0, 0, 0, 1])) for index in sample_ids]
+
+    def of_tokens(self, columns: slice | list[int]) -> Tensor:
+        """One for each of these tokens, `[B, U]`: where each is drawn once."""
+        return self._tokens[:, columns]
+
+    def take(self, *shape: int) -> Tensor:
+        """The next ones of every sample, `[B, *shape]`: where each token may be drawn several times."""
+        drawn = np.stack([stream.random(shape, dtype=np.float32) for stream in self._streams])
+        return torch.from_numpy(drawn).to(self._tokens.device)
+
+
 def restrict(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Logits `[..., V]` in which the tokens that may not be drawn are -inf, as LlamaGen does.
 

@@ -5,6 +5,7 @@ Shapes: `B` batch, `D` code width, `h`, `w` the finest grid, `n` tokens of one s
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from ...ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 from .base import TokenizerOutput
 from .conv import ConvDecoder, ConvEncoder
-from .multiscale import MultiScaleTokenizer
+from .multiscale import MultiScaleTokenizer, layout_of
 from .multiscale_quantizer import Grid, enlarge, grids_of, shrink, to_grid, to_tokens
 from .quantizers import Quantizer
 
@@ -60,6 +61,17 @@ class FlexVAR(MultiScaleTokenizer):
         if drawn_scales >= grids[-1][0]:
             raise ValueError(f"drawn_scales {drawn_scales} exceeds the {grids[-1][0] - 1} grids below the finest; lower it")
         self.quantizer, self.drawn_scales, self.coarse_weight = quantizer, drawn_scales, coarse_weight
+
+    def over(self, scales: Sequence[int | Sequence[int]]) -> FlexVAR:
+        """The same networks with other scales; images are as large as the last of them describes.
+
+        Raises:
+            ValueError: they are no grids that end with the finest.
+        """
+        view = copy.copy(self)
+        view.grids = grids_of(scales)
+        view.layout = layout_of(view.grids, self.quantizer.codebook_size, self.quantizer.dim, self.layout.stride)
+        return view
 
     def encode(self, image: Tensor) -> TokenizerOutput:
         """Codes `[B, N]` of all scales; the latents `[B, D, h, w]` are those of the finest."""

@@ -23,6 +23,15 @@ from .quantizers import Quantizer
 from .semantic import ProjectionHead, check_head
 
 
+def layout_of(grids: tuple[Grid, ...], codebook_size: int, dim: int, stride: int) -> TokenLayout:
+    """The codes of grids `[rows, columns]`, coarse first, of images of which the last is the latent's grid."""
+    streams = tuple(
+        Stream(f"scale{k}", rows * columns, codebook_size, dim, (rows, columns), k) for k, (rows, columns) in enumerate(grids)
+    )
+    size = (grids[-1][0] * stride, grids[-1][1] * stride)
+    return TokenLayout("multiscale", streams, size, stride, prefix_decodable=True)
+
+
 class MultiScaleTokenizer(Tokenizer):
     """What the two kinds share: encoder → convolution → (quantizer) → convolution → decoder, and codes by scale.
 
@@ -61,11 +70,7 @@ class MultiScaleTokenizer(Tokenizer):
                 f"the finest scale {grids[-1]} at stride {encoder.stride} describes {size} pixels, not image_size {wanted}; "
                 "change the last scale, the encoder's multipliers or image_size"
             )
-        streams = tuple(
-            Stream(f"scale{k}", grid[0] * grid[1], quantizer.codebook_size, quantizer.dim, grid, k)
-            for k, grid in enumerate(grids)
-        )
-        self.layout = TokenLayout("multiscale", streams, size, encoder.stride, prefix_decodable=True)
+        self.layout = layout_of(grids, quantizer.codebook_size, quantizer.dim, encoder.stride)
 
     @abstractmethod
     def start(self, batch: int) -> Tensor:

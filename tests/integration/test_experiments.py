@@ -1,19 +1,33 @@
 """Every shipped recipe composes, builds and takes one step: the small ones as they are, the big ones with their widths cut."""
 
+import io
 import re
+import tarfile
 
 import numpy as np
 import pytest
 from lpips_weights import random_lpips
 from PIL import Image
 from safetensors.torch import save_file
+from text_encoders import write_t5
 from tokar.conf.overrides import ROOT
 from tokar.data.prepare import prepare
 from transformers import ConvNextConfig, ConvNextForImageClassification, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 TEXTS = {path.stem: path.read_text() for path in sorted(ROOT.glob("experiment/*.yaml"))}
 STAGES = {name: re.search(r"^stage: (\w+)", text, re.MULTILINE)[1] for name, text in TEXTS.items()}
-TOKENIZERS = {"ar_probe": "digits_vqgan", "digits_llamagen": "digits_vqgan", "llamagen_b": "llamagen_vq16"}
+TOKENIZERS = {
+    "ar_probe": "digits_vqgan", "digits_llamagen": "digits_vqgan",
+    **{f"llamagen_{size}": "llamagen_vq16" for size in ("b", "l", "xl", "xxl", "3b", "t2i_xl")},
+    **{name: "gigatok_bl" for name in TEXTS if name.startswith(("gigatok_gpt_", "d_ar_"))},
+    **{name: "var_vqvae" for name in TEXTS if name.startswith("var_d")},
+    **{name: "ibq_1024" for name in TEXTS if name.startswith("rar_")},
+    **{name: "llamagen_vq16" for name in TEXTS if name.startswith(("nar_", "par_"))},
+    "digits_block4": "digits_vqgan",
+    **{name: "llamagen_vq16" for name in TEXTS if name.startswith("block") and "llamagen" in name},
+    **{name: "gigatok_bl" for name in TEXTS if name.startswith("block") and "gigatok" in name},
+    **{name: "flexvar_tokenizer" for name in TEXTS if name.startswith("flexvar_d")},
+}  # fmt: skip
 """Whose codes each generator learns here."""
 CUT = {
     "llamagen_vq": ["tokenizer.encoder.width=32", "tokenizer.quantizer.codebook_size=64"],
@@ -32,7 +46,21 @@ CUT = {
     ],
     "ibq": ["tokenizer.encoder.width=32", "tokenizer.quantizer.codebook_size=64"],
     "magvit2": ["tokenizer.encoder.width=32"],
-    "llamagen_b": ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32"],
+    "flexvar_tokenizer": ["tokenizer.encoder.width=32", "tokenizer.quantizer.codebook_size=64"],
+    "flexvar_d": ["generator.dim=64", "generator.layers=2", "generator.heads=2"],
+    "rar_": ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.hidden=128"],
+    "nar_": ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32"],
+    "par_": [
+        "generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32", "data.image_size=256",
+    ],
+    "var_d": ["generator.dim=64", "generator.layers=2", "generator.heads=2"],
+    "block": ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32"],
+    "var_d36_512": ["data.image_size=256"],
+    **{
+        start: ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32"]
+        for start in ("llamagen_b", "llamagen_l", "llamagen_x", "llamagen_3", "llamagen_t", "gigatok_gpt", "d_ar")
+    },
+    "llamagen_t2i": ["generator.condition.features=12"],
 }  # fmt: skip
 """By the beginning of a name: what makes a recipe small while its shape, losses and optimizers stay."""
 
@@ -69,7 +97,34 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def take_step(start, noise, folder):
+def captioned(start, folder):
+    """Encodes noise with a caption beside each image; returns the folder of the codes and of the captions' features."""
+
+    def encode(tokenizer):
+        random, pixels = np.random.default_rng(0), io.BytesIO()
+        Image.fromarray(random.integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(pixels, "png")
+        for split in ("train", "val"):
+            (folder / "captions" / split).mkdir(parents=True)
+            with tarfile.open(folder / "captions" / split / "0.tar", "w") as tar:
+                for name, content in [
+                    (f"{n}.{e}", c) for n in range(4) for e, c in (("png", pixels.getvalue()), ("txt", b"a dog"))
+                ]:
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        write_t5(folder / "t5")
+        command = start(
+            folder, "encode", str(tokenizer), "data=imagenet256", "data.path=captions", "text=t5", "text.path=t5",
+            "out=captions-codes",
+        )  # fmt: skip
+        assert command.wait() == 0, command.log.read_text()
+        return "captions-codes"
+
+    return encode
+
+
+@pytest.fixture(scope="session")
+def take_step(start, noise, captioned, folder):
     """Runs one step of a recipe, once; returns its run folder."""
     done = {}
 
@@ -77,7 +132,9 @@ def take_step(start, noise, folder):
         if name not in done:
             done[name] = folder / "runs" / name
             overrides = [f"experiment={name}", f"name={name}", *small(name, noise)]
-            if name in TOKENIZERS:
+            if "override /generator: llamagen_t2i" in TEXTS[name]:
+                overrides.append(f"codes.path={captioned(take(TOKENIZERS[name]))}")
+            elif name in TOKENIZERS:
                 overrides += ["codes.path=null", f"codes.tokenizer={take(TOKENIZERS[name])}"]
             if "perceptual_weight" in TEXTS[name]:
                 overrides.append("losses.lpips_weights=lpips.safetensors")
@@ -100,7 +157,10 @@ def small(name, noise):
     return [
         f"data.path={noise[size]}", "data.train_split=train", "data.val_split=val", "data.workers=0", "loop.duration=1",
         "loop.batch_size=2", "loop.accumulate=1", "loop.eval_samples=2", "strategy.accelerator=cpu",
-        *(override for start, overrides in CUT.items() if name.startswith(start) for override in overrides),
+        *(
+            override for start, overrides in CUT.items() if name.startswith(start) for override in overrides
+            if STAGES[name] != "generator" or not override.startswith(("tokenizer.", "losses."))  # gigatok is both
+        ),
     ]  # fmt: skip
 
 
@@ -109,6 +169,17 @@ def test_a_recipe_takes_a_step(take_step, name):
     run = take_step(name)
     assert (run / "checkpoints" / "step-00000001" / "COMPLETE").exists()
     assert '"train/loss"' in (run / "metrics.jsonl").read_text()
+
+
+def test_a_generator_of_texts_draws_prompts(take_step, start, folder):
+    run = take_step("llamagen_t2i_xl")
+    (folder / "prompts.txt").write_text("a dog\n\na red boat\n")
+    for prompts in ("[a dog,a red boat]", "prompts.txt"):
+        command = start(
+            folder, "sample", str(run), f"prompts={prompts}", "count=3", "save=[codes]", "sampling.top_k=4", "out=drawn"
+        )
+        assert command.wait() == 0, command.log.read_text()
+        assert np.load(folder / "drawn" / "codes.npy").shape == (3, 256)
 
 
 @pytest.mark.parametrize("name", sorted(TEXTS))

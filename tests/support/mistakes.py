@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from spoil import (
     add_key,
@@ -28,6 +29,7 @@ from spoil import (
     tensors,
     write,
 )
+from text_encoders import write_t5
 
 TOKENIZER = "tokar train tokenizer experiment=digits_vqgan name=tok $TINY"
 GENERATOR = "tokar train generator experiment=digits_llamagen name=gen $TINY"
@@ -66,6 +68,10 @@ class Mistake:
     makes: tuple[str, ...] = ()
 
 
+OF_TEXTS = (
+    "tokar train generator experiment=digits_llamagen +generator.condition.dim=128 "
+    "+generator.condition._target_=tokar.models.generators.conditions.TextCondition"
+)
 CHECK = "tokar config check"
 VQGAN, LLAMAGEN = "tokenizer experiment=digits_vqgan", "generator experiment=digits_llamagen"
 SMALLER = "tokenizer.encoder.multipliers=[1,1,2]"
@@ -382,11 +388,49 @@ MISTAKES: dict[str, tuple[Mistake, ...]] = {
             "tokar train generator experiment=digits_llamagen codes.path=null codes.tokenizer=runs/tok data.image_size=16",
         ),
         Mistake("a grid that is not the codes'", "tokar train generator experiment=digits_llamagen +generator.grid=[8,8]"),
+        Mistake("a row for codes on a grid", "tokar train generator experiment=digits_llamagen +generator.n_tokens=16"),
+        Mistake(
+            "next-scale on a tokenizer of one scale",
+            "tokar train generator generator=var_small data=digits codes.path=datasets/digits-codes loop.duration=1 "
+            "loop.batch_size=2",
+        ),
+        Mistake(
+            "heads that 2-D rotary positions cannot turn",
+            "tokar train generator experiment=digits_llamagen generator.dim=108 generator.heads=6",
+        ),
+        Mistake("an odd image size", "tokar encode runs/tok data.image_size=33 out=datasets/new"),
+        Mistake("a generator of texts without their features", OF_TEXTS),
+        Mistake(
+            "text features of another width",
+            OF_TEXTS,
+            both(
+                edit(f"{CODES}/manifest.json", text={"path": "t5", "tokens": 77, "features": 768}),
+                edit(f"{CODES.replace('train', 'val')}/manifest.json", text={"path": "t5", "tokens": 77, "features": 768}),
+            ),
+        ),
+        Mistake("a condition of another width", f"{OF_TEXTS} generator.dim=64"),
+        Mistake("no text encoder", "tokar encode runs/tok text=t5 text.path=models/t5 out=datasets/new"),
+        Mistake(
+            "captions that are not there",
+            "tokar encode runs/tok text=t5 text.path=t5 text.tokens=6 out=datasets/new",
+            lambda: write_t5(Path("t5")),
+        ),
     ),
     "Sampling": (
         Mistake("a class that the generator does not know", "tokar sample runs/gen classes=[3,10]"),
         Mistake("a negative class", "tokar sample runs/gen classes=[-1]"),
         Mistake("no class at all", "tokar sample runs/gen classes=[]"),
+        Mistake("prompts for a generator of classes", "tokar sample runs/gen 'prompts=[a red boat]'"),
+        Mistake("no prompt at all", "tokar sample runs/gen prompts=[]"),
+        Mistake(
+            "guidance in a training run that always has the class",
+            "tokar train generator experiment=digits_llamagen class_dropout=0",
+        ),
+        Mistake(
+            "guidance of a generator that always had the class",
+            "tokar sample runs/plain sampling.guidance=2",
+            run(GENERATOR.replace("=gen ", "=plain ") + " class_dropout=0 sampling.guidance=1"),
+        ),
         Mistake("top_p 0", "tokar sample runs/gen sampling.top_p=0"),
         Mistake("a negative top_k", "tokar sample runs/gen sampling.top_k=-5"),
         Mistake("temperature 0", "tokar sample runs/gen sampling.temperature=0"),

@@ -201,7 +201,7 @@ def test_pickling_does_not_carry_the_codes(folder):
     dataset = CodeDataset(folder)
     dataset.fetch(np.arange(25), np.zeros(25, int), 0)
     copied = pickle.loads(pickle.dumps(dataset))
-    assert copied._codes == {}
+    assert copied._maps == {}
     np.testing.assert_array_equal(copied.read(np.arange(25), np.zeros(25, int)), _codes(0, 25)[:, 0])
 
 

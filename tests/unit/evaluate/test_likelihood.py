@@ -4,6 +4,8 @@ import pytest
 import torch
 from tokar.errors import UserError
 from tokar.evaluate.likelihood import code_likelihood
+from tokar.models.generators.base import Generator
+from tokar.models.generators.block_diffusion import BlockDiffusion
 from tokar.models.generators.next_token import NextToken
 from tokar.models.tokenizers.layout import Stream, TokenLayout, raster_layout
 
@@ -32,6 +34,9 @@ class Sure(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
+    exact = True
+    token_nll = Generator.token_nll
+
     def logits(self, codes, condition):
         assert condition.shape == (len(codes),)
         right = torch.tensor([0.5, 0.25, 0.25, 0.25])[:, None]
@@ -51,3 +56,27 @@ def test_streams_are_told_apart(size):
 def test_no_codes_is_a_mistake():
     with pytest.raises(UserError, match="no codes"):
         code_likelihood(Sure(), PAIR, [])
+
+
+def block_diffusion(**changes):
+    torch.manual_seed(0)
+    generator = BlockDiffusion(8, 2, grid=(2, 2), dim=16, layers=1, heads=2, multiple_of=8, **changes).eval()
+    torch.nn.init.normal_(generator.head.weight)
+    return generator
+
+
+def test_a_bound_comes_with_the_error_of_its_draws():
+    generator = block_diffusion(block_size=4)
+    numbers = [code_likelihood(generator, LAYOUT, batches(40), draws=8, seed=seed) for seed in range(20)]
+    bits = torch.tensor([each["bits_per_image"] for each in numbers])
+    errors = torch.tensor([each["bits_per_image_error"] for each in numbers])
+    assert 0.6 < bits.std() / errors.mean() < 1.5
+    assert numbers[0]["bits_per_token_error"] == pytest.approx(errors[0].item() / 4)
+    again = code_likelihood(generator, LAYOUT, batches(40, size=7), draws=8, seed=0)
+    assert again == pytest.approx(numbers[0], rel=1e-4)
+
+
+def test_blocks_of_one_have_no_error():
+    numbers = code_likelihood(block_diffusion(block_size=1), LAYOUT, batches(), draws=2)
+    assert numbers["bits_per_image_error"] == pytest.approx(0, abs=1e-6)
+    assert numbers["bits_per_image"] > 0

@@ -2,9 +2,9 @@ import itertools
 
 import pytest
 from tokar.conf.duration import Duration
-from tokar.conf.schema import ScheduleConfig
+from tokar.conf.schema import Optim, ScheduleConfig
 from tokar.train.clock import Clock
-from tokar.train.schedule import factor
+from tokar.train.schedule import factor, weight_decay
 
 
 def at(step: int, total: int = 100) -> Clock:
@@ -57,3 +57,22 @@ def test_drops_multiply_from_their_step_on():
     assert [factor(config, at(step)) for step in (10, 39)] == [1.0, 1.0]
     assert [factor(config, at(step)) for step in (40, 69)] == pytest.approx([0.1, 0.1])
     assert [factor(config, at(step)) for step in (70, 100)] == pytest.approx([0.01, 0.01])
+
+
+def test_lin0_is_flat_for_a_twentieth_then_straight():
+    config = ScheduleConfig(kind="linear", warmup=20, first=0.005, hold=0.05, floor=0.1)
+    assert factor(config, at(0)) == pytest.approx(0.005 + 0.995 / 20)
+    assert factor(config, at(19)) == pytest.approx(1.0)
+    for step in (20, 22, 24):  # 5 % of the 80 steps that are left
+        assert factor(config, at(step)) == 1.0
+    for step in (30, 60, 99):
+        rest = 1 - (step - 20) / 80
+        assert factor(config, at(step)) == pytest.approx(0.1 + 0.9 * rest / 0.95)
+    assert factor(config, at(100)) == pytest.approx(0.1)
+
+
+def test_weight_decay_moves_along_half_a_cosine():
+    config = Optim(lr=1.0, weight_decay=0.05, weight_decay_end=0.08)
+    assert [weight_decay(config, at(step)) for step in (0, 99)] == pytest.approx([0.05, 0.08])
+    assert weight_decay(config, at(50, total=101)) == pytest.approx(0.065)
+    assert weight_decay(Optim(lr=1.0, weight_decay=0.05), at(70)) == 0.05

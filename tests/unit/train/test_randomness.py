@@ -1,5 +1,5 @@
 import torch
-from tokar.train.randomness import sample_uniform, seed_step
+from tokar.train.randomness import sample_uniform, sample_uniforms, seed_step
 
 
 def test_a_step_draws_the_same_numbers_whenever_it_is_reached():
@@ -35,3 +35,15 @@ def test_sample_numbers_are_uniform_and_change_with_everything():
     for other in others:
         correlation = torch.corrcoef(torch.stack([base, other]))[0, 1]
         assert abs(correlation) < 0.03
+
+
+def test_several_numbers_of_a_sample_are_its_own_and_independent():
+    index, epoch = torch.arange(5000), torch.full((5000,), 3)
+    drawn = sample_uniforms(7, epoch, index, 2, 4)
+    assert torch.equal(drawn[100:103], sample_uniforms(7, epoch[100:103], index[100:103], 2, 4))
+    assert torch.equal(drawn[:, :2], sample_uniforms(7, epoch, index, 2, 2))
+    assert 0 <= drawn.min() <= drawn.max() < 1
+    neighbours = torch.stack((drawn[:-1, 0], drawn[1:, 0]))
+    assert (torch.corrcoef(drawn.T) - torch.eye(4)).abs().max() < 0.06
+    assert abs(torch.corrcoef(neighbours)[0, 1]) < 0.06
+    assert not torch.equal(drawn, sample_uniforms(7, epoch + 1, index, 2, 4))

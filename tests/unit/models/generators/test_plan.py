@@ -3,7 +3,8 @@ import dataclasses
 import pytest
 import torch
 from tokar.errors import UserError
-from tokar.models.generators.plan import Plan, raster, sequence, visible
+from tokar.models.generators.orders import raster, sequence
+from tokar.models.generators.plan import Plan, visible
 from tokar.models.tokenizers.layout import Stream, TokenLayout, raster_layout
 
 

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 from tokar.errors import UserError
-from tokar.models.generators.plan import Plan, sequence
+from tokar.models.generators.orders import sequence
+from tokar.models.generators.plan import Plan
 from tokar.models.samplers.guidance import Schedule, combine, parse_schedule
 
 SCALES = Plan(  # three units of 1, 3 and 4 tokens
