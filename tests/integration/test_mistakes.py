@@ -116,7 +116,7 @@ def test_mistake(place, capsys, answers, mistake):
     assert ended == mistake.code, lines
     told = [line for line in lines if line.startswith("tokar: ")]
     assert (len(told) > 0) == (ended == 2)
-    assert all(line.startswith(("tokar: ", "warning: ")) for line in lines if ended == 2)
+    assert all(line.startswith(("tokar: ", "warning: ", "attention: ")) for line in lines if ended == 2)
     after = state(place)
     changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
     assert not [name for name in changed if not name.startswith(mistake.makes or ("\0",))]
