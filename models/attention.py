@@ -27,7 +27,15 @@ def rope_table(coords: Sequence[Sequence[int]], head_dim: int, base: float = 100
         coords: `[S, d]` places.
         head_dim: `D`, a multiple of `2·d`.
         base: wavelength base.
+
+    Raises:
+        ValueError: the heads have no room for so many axes.
     """
+    axes = len(coords[0])
+    if head_dim % (2 * axes):
+        raise ValueError(
+            f"a head is {head_dim} wide; {axes}-D rotary positions need a multiple of {2 * axes}; change dim or heads"
+        )
     places = torch.tensor(coords, dtype=torch.float32, device="cpu")
     axis_dim = head_dim // places.shape[1]
     rates = 1.0 / base ** (torch.arange(0, axis_dim, 2, dtype=torch.float32, device="cpu") / axis_dim)

@@ -85,6 +85,20 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
 
 
+def sincos_table(grid: tuple[int, int], width: int, base: float = 10000.0) -> Tensor:
+    """Sines and cosines of rows, then of columns, `[h*w, W]`, each at `W/4` rates `base^(-4i/W)` (MAE, He et al. 2021).
+
+    Raises:
+        ValueError: the width is not a multiple of four.
+    """
+    if width % 4:
+        raise ValueError(f"a width of {width} is not a multiple of 4, which sincos positions need; choose another width")
+    rates = base ** -(torch.arange(width // 4, device="cpu") / (width // 4))
+    places = torch.cartesian_prod(*(torch.arange(side, device="cpu") for side in grid))
+    angles = places[:, :, None] * rates
+    return torch.stack((angles.sin(), angles.cos()), dim=2).flatten(1)
+
+
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
     """Stochastic depth: zero the whole branch `[B, ...]` of a sample at `rate`, scale the others up."""
     if not training or rate == 0.0:

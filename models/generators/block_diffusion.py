@@ -147,9 +147,6 @@ class BlockDiffusion(StepwiseGenerator):
         predictor = [count + index if index in starts else index - 1 for index in range(count)]
         self._predictor = Facts(torch.tensor(predictor if self.shift else range(count), device="cpu"))
         coords = [(row,) for row in (*rows, 0, *rows)] if positions == "rotary_class" else self.plan.coords
-        axes = len(coords[0])
-        if positions != "learned" and head_dim % (2 * axes):
-            raise ValueError(f"a head is {head_dim} wide; {axes}-D rotary positions need a multiple of {2 * axes}")
         self._rotary = None if positions == "learned" else Facts(rope_table(coords, head_dim))
 
     @property

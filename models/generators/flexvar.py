@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ...ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
+from ..layers import sincos_table
 from ..tokenizers.base import Tokenizer
 from ..tokenizers.flexvar import FlexVAR as FlexVARTokenizer
 from .next_scale import Loan, ScaleGenerator, var_config
@@ -75,14 +76,12 @@ class FlexVAR(ScaleGenerator):
         config = var_config(dim, layers, heads, shared_modulation=False, qk_l2=True, drop_path=drop_path)
         pairs = tuple((rows, columns) for rows, columns in grids)
         super().__init__(pairs, vocab_size, num_classes, embed_dim, config, label_smoothing)
-        if dim % 4:
-            raise ValueError(f"the map of places needs a width that is a multiple of 4, not {dim}; choose another dim")
         least = _tokens([pairs[0], pairs[-1]])
         if groups and least > max_tokens:
             raise ValueError(f"max_tokens {max_tokens} are fewer than the {least} of first and last scale; raise it")
         self.groups = tuple(tuple(group) for group in groups)
         self.standard, self.standard_share, self.max_tokens = frozenset(standard), standard_share, max_tokens
-        self.place_map = nn.Parameter(_sine_cosine(map_size, dim))
+        self.place_map = nn.Parameter(sincos_table((map_size, map_size), dim).T.unflatten(1, (map_size, map_size)).contiguous())
         self._init_weights(gate_init)
 
     def bind(self, tokenizer: Tokenizer) -> None:
@@ -152,11 +151,3 @@ class FlexVAR(ScaleGenerator):
 
 def _tokens(grids: Sequence[Grid]) -> int:
     return sum(rows * columns for rows, columns in dict.fromkeys(grids))
-
-
-def _sine_cosine(side: int, dim: int) -> Tensor:
-    """The usual 2-D table `[C, side, side]`: a quarter of the channels each for sine and cosine of row and column."""
-    rates = 10000.0 ** (-torch.arange(dim // 4) / (dim // 4))
-    angles = rates[:, None] * torch.arange(side)
-    waves = torch.cat((angles.sin(), angles.cos()))
-    return torch.cat((waves[:, :, None].expand(-1, -1, side), waves[:, None].expand(-1, side, -1))).contiguous()

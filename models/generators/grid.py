@@ -35,8 +35,6 @@ class GridTransformer(PlannedGenerator):
 
     def __init__(self, plan: Plan, vocab_size: int, num_classes: int, config: TransformerConfig, token_dropout: float) -> None:
         super().__init__(plan, vocab_size, num_classes, config)
-        if config.head_dim % 4:
-            raise ValueError(f"a head is {config.head_dim} wide; 2-D rotary positions need a multiple of 4: choose other heads")
         self.token_dropout = token_dropout
         self._rotary = Facts(rope_table(plan.coords, config.head_dim))
         holds = torch.tensor(plan.holds, device="cpu")[1:]

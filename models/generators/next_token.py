@@ -18,7 +18,7 @@ from ...ranges import Fraction, NonNegativeInt, PositiveInt
 from ..attention import Context, KVCache, rope_table
 from ..layers import init_normal
 from .conditions import TextCondition
-from .orders import raster, sequence
+from .orders import raster_or_sequence
 from .plan import Plan
 from .planned import DecodeState, Facts, PlannedGenerator
 from .transformer import TransformerConfig
@@ -64,6 +64,8 @@ class NextToken(PlannedGenerator):
         ValueError: arguments that contradict each other.
     """
 
+    compiles_steps = True
+
     def __init__(
         self,
         vocab_size: PositiveInt,
@@ -96,7 +98,7 @@ class NextToken(PlannedGenerator):
             drop_path=drop_path,
         )
         text = _checked(condition, num_classes, dim, modulation)
-        super().__init__(_make_plan(grid, n_tokens, text.tokens if text else 1), vocab_size, num_classes, config)
+        super().__init__(raster_or_sequence(grid, n_tokens, text.tokens if text else 1), vocab_size, num_classes, config)
         self.token_dropout = token_dropout
         self.condition = text
         self.classes = nn.Embedding(num_classes + 1, dim) if text is None else None
@@ -206,17 +208,6 @@ def _checked(condition: nn.Module | None, num_classes: int, dim: int, modulation
     return condition
 
 
-def _make_plan(grid: tuple[int, int] | None, n_tokens: int | None, prefix: int = 1) -> Plan:
-    if (grid is None) == (n_tokens is None):
-        raise ValueError("give exactly one of grid (2-D tokens) and n_tokens (1-D tokens)")
-    return raster((grid[0], grid[1]), prefix) if grid is not None else sequence(int(n_tokens or 0), prefix)
-
-
 def _rotary(plan: Plan, head_dim: int, positions: str) -> Tensor:
     coords = [(slot,) for slot in range(plan.n_slots)] if positions == "rotary_class" else plan.coords
-    axes = len(coords[0])
-    if head_dim % (2 * axes):
-        raise ValueError(
-            f"a head is {head_dim} wide; {axes}-D rotary positions need a multiple of {2 * axes}; change dim or heads"
-        )
     return rope_table(coords, head_dim)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ...ranges import PositiveInt
+from ..layers import sincos_table
 from .layout import Kind
-from .vit import DecoderLayer, EncoderLayer, grid_of, position_table, sincos_table
+from .vit import DecoderLayer, EncoderLayer, grid_of, position_table
 
 Size = tuple[int, int]
 

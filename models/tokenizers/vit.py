@@ -121,20 +121,6 @@ def position_table(count: int, width: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(count, width) * width**-0.5)
 
 
-def sincos_table(grid: tuple[int, int], width: int, base: float = 10000.0) -> Tensor:
-    """Sines and cosines of rows, then of columns, `[h*w, W]`, each at `W/4` rates `base^(-4i/W)` (MAE, He et al. 2021).
-
-    Raises:
-        ValueError: the width is not a multiple of four.
-    """
-    if width % 4:
-        raise ValueError(f"a width of {width} is not a multiple of 4, which sincos positions need; change width or positions")
-    rates = base ** -(torch.arange(width // 4, device="cpu") / (width // 4))
-    places = torch.cartesian_prod(*(torch.arange(side, device="cpu") for side in grid))
-    angles = places[:, :, None] * rates
-    return torch.stack((angles.sin(), angles.cos()), dim=2).flatten(1)
-
-
 def grid_of(image_size: int | Sequence[int], patch: int) -> tuple[int, int]:
     """Rows and columns of patches in an image of this side, or height and width.
 

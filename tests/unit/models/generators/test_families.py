@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokar.conf.compose import compose
+from tokar.errors import UserError
 from tokar.models.build import build
 from tokar.models.generators.base import Generator
 from tokar.models.generators.diagonal import NAR
@@ -139,3 +140,9 @@ def test_guidance_of_rar_follows_its_power_cosine() -> None:
     scales = parse_schedule(guidance).over(raster((16, 16), 2))
     for step in (0, 100, 255):
         assert scales[step] == pytest.approx(1 + 15 * (1 - math.cos(math.pi * (step / 256) ** 2.75)) / 2)
+
+
+@families
+def test_a_compiled_step_that_is_not_there_is_refused(family: str) -> None:
+    with pytest.raises(UserError, match="is not compiled"):
+        make(family).begin(torch.tensor([0]), compile=True)

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from tokar.models.layers import sincos_table
 from tokar.models.tokenizers.latent_transformers import (
     GridTransformer,
     TokenDecoder,
@@ -9,7 +10,6 @@ from tokar.models.tokenizers.latent_transformers import (
     pooling_matrix,
     pooling_sizes,
 )
-from tokar.models.tokenizers.vit import sincos_table
 from torch.nn.functional import avg_pool2d
 
 SMALL = {"width": 16, "layers": 3, "heads": 2, "z_channels": 6, "image_size": 16, "patch": 4}
