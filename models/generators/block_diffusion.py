@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...errors import UserError
 from ...ranges import Fraction, PositiveInt
 from ..attention import Context, KVCache, rope_table
 from ..layers import init_normal
@@ -263,8 +262,7 @@ class BlockDiffusion(StepwiseGenerator):
         Raises:
             UserError: a compiled step is asked for.
         """
-        if compile:
-            raise UserError("a step of block diffusion is not compiled", where="compile", fix="leave it at false")
+        self.check_compile(compile)
         rows, count = len(condition), self.plan.n_tokens
         memory = make_cache(self.transformer, capacity or rows, 1 + count, condition.device)
         codes = torch.zeros(rows, count, dtype=torch.int64, device=condition.device)

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import UserError
 from ..attention import Context, KVCache
 from .base import Generator
 from .plan import Plan, block_mask, visible
@@ -86,9 +85,6 @@ class PlannedGenerator(Generator):
         label_smoothing: of the cross-entropy.
     """
 
-    compiles_steps = False
-    """Its repeated step has a form of fixed shapes for `torch.compile`."""
-
     def __init__(
         self, plan: Plan, vocab_size: int, num_classes: int, config: TransformerConfig, label_smoothing: float = 0.0
     ) -> None:
@@ -154,8 +150,7 @@ class PlannedGenerator(Generator):
         Raises:
             UserError: a compiled step is asked for, and there is none.
         """
-        if compile and not self.compiles_steps:
-            raise UserError(f"a step of {type(self).__name__} is not compiled", where="compile", fix="leave it at false")
+        self.check_compile(compile)
         rows, device = condition.shape[0], condition.device
         memory = make_cache(self.transformer, capacity or rows, self.plan.n_slots, device)
         codes = torch.zeros(rows, self.plan.n_tokens, dtype=torch.int64, device=device)
