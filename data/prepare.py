@@ -189,8 +189,9 @@ def _collect(pending: set[Future[bool]], counter: Any, advance: Callable[[int], 
     while pending:
         done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
         kept += sum(future.result() for future in done)
-        advance(counter.value - shown)
-        shown = counter.value
+        counted = counter.value  # read once: workers count on meanwhile
+        advance(counted - shown)
+        shown = counted
     return kept
 
 
