@@ -172,7 +172,7 @@ def _config_check(arguments: Arguments) -> int:
 def summary(composed: Composed) -> str:
     """A checked config in one line; a training run begins with its folder."""
     from .conf.duration import Duration
-    from .conf.schema import Spine
+    from .conf.spine import Spine
     from .train.folder import run_folder
 
     config = composed.typed

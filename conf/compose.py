@@ -17,8 +17,9 @@ from pydantic import BaseModel, ValidationError
 
 from ..errors import ConfigError, UserError, nearest
 from .duration import Duration
+from .nodes import Node
 from .overrides import ROOT, Sorted, say_hydra, sort_overrides
-from .schema import FILLED, SCHEMAS, Node
+from .schema import FILLED, SCHEMAS
 from .signature import check_components, say
 
 TRAINING = ("tokenizer", "generator", "classifier")

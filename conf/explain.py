@@ -12,7 +12,8 @@ from pydantic.fields import FieldInfo
 
 from ..errors import ConfigError
 from .compose import groups, unchecked
-from .schema import SCHEMAS, Length, Node, Varying
+from .nodes import Length, Node, Varying
+from .schema import SCHEMAS
 from .signature import NoTargetError, parameters
 
 _ALIASES = {Length: "duration", Varying: "number or schedule", None: "null", type(None): "null", str: "text", Any: "any"}

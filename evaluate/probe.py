@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..conf.schema import Data, Probe
+from ..conf.schema import Probe
+from ..conf.spine import Data
 from ..data.shards import ImageDataset
 from ..data.stream import Stream, to_image
 from ..errors import UserError

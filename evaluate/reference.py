@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..conf.schema import Data
+from ..conf.spine import Data
 from ..data.shards import ImageDataset
 from ..data.stream import Stream
 from ..data.transforms import Augment

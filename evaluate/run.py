@@ -12,7 +12,9 @@ import yaml
 from torch import Tensor
 
 from ..conf.compose import Composed
-from ..conf.schema import Data, Evaluate, Probe, Sampling
+from ..conf.schema import Evaluate, Probe
+from ..conf.spine import Data
+from ..conf.stages import Sampling
 from ..data.files import check_place
 from ..data.progress import progress_bar
 from ..data.stream import to_image

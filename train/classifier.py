@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..conf.schema import ClassifierRun
+from ..conf.stages import ClassifierRun
 from ..data.stream import to_image
 from ..models.build import build
 from .clock import Clock

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..conf.schema import Ema as EmaConfig
+from ..conf.spine import Ema as EmaConfig
 
 
 class Ema:

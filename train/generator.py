@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conf.schema import GeneratorRun
+from ..conf.stages import GeneratorRun
 from ..data.stream import to_image, to_uint8
 from ..errors import UserError
 from ..models.build import build

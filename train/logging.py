@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..conf.schema import Wandb as WandbConfig
+from ..conf.spine import Wandb as WandbConfig
 from ..errors import UserError
 from ..evaluate.reconstruction import usage_and_perplexity
 from .clock import Clock

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ..conf.schema import Loop as LoopConfig
-from ..conf.schema import ScheduleConfig
+from ..conf.spine import Loop as LoopConfig
+from ..conf.spine import ScheduleConfig
 from ..data.stream import Stream
 from ..errors import UserError
 from ..evaluate.images import save_grid

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..conf.schema import Optim
+from ..conf.spine import Optim
 from ..errors import UserError
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..conf.compose import Composed, check, unchecked
-from ..conf.schema import Data, Features
+from ..conf.schema import Features
+from ..conf.spine import Data
 from ..data.codes import CodeDataset
 from ..data.progress import progress_bar
 from ..data.stream import Stream

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..conf.schema import Optim, ScheduleConfig
+from ..conf.spine import Optim, ScheduleConfig
 from .clock import Clock
 
 

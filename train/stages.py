@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..conf.schema import ClassifierRun, Data, GeneratorRun, Spine, TokenizerRun
+from ..conf.spine import Data, Spine
+from ..conf.stages import ClassifierRun, GeneratorRun, TokenizerRun
 from ..data.codes import CodeDataset
 from ..data.shards import ImageDataset
 from ..data.stream import Dataset, Stream

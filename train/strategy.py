@@ -12,9 +12,9 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from ..conf.schema import Ema as EmaConfig
-from ..conf.schema import Optim
-from ..conf.schema import Strategy as StrategyConfig
+from ..conf.spine import Ema as EmaConfig
+from ..conf.spine import Optim
+from ..conf.spine import Strategy as StrategyConfig
 from ..models.build import pick_device
 from ..models.generators.base import Generator
 from ..models.kernels import choose

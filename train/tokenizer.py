@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.grad import conv2d_weight
 
-from ..conf.schema import TokenizerLosses, TokenizerParts
+from ..conf.stages import TokenizerLosses, TokenizerParts
 from ..data.stream import to_image, to_uint8
 from ..errors import UserError
 from ..evaluate.reconstruction import psnr, ssim

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 from tiny_tokenizers import KINDS, tiny
-from tokar.conf.schema import Data, Probe
+from tokar.conf.schema import Probe
+from tokar.conf.spine import Data
 from tokar.data.prepare import prepare
 from tokar.errors import UserError
 from tokar.evaluate.probe import fit_head, images_seen, judge_head, linear_probe, rate

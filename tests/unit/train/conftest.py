@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tokar.conf.schema import Ema, Optim, Strategy
+from tokar.conf.spine import Ema, Optim, Strategy
 from tokar.train.strategy import Network, Trainable, Workers
 from torch import nn
 

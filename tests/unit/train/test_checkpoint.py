@@ -123,7 +123,7 @@ def test_a_newer_format_is_refused(saved):
 
 
 def test_another_family_is_told_by_its_name(saved, workers):
-    from tokar.conf.schema import Optim
+    from tokar.conf.spine import Optim
     from tokar.train.strategy import Trainable
     from torch import nn
 

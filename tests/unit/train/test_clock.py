@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 from tokar.conf.duration import Duration
-from tokar.conf.schema import Optim, ScheduleConfig
+from tokar.conf.spine import Optim, ScheduleConfig
 from tokar.train.clock import Clock
 from tokar.train.schedule import factor, weight_decay
 

@@ -1,7 +1,7 @@
 """Which parameters of VAR are decayed, and that the decay moves."""
 
 import torch
-from tokar.conf.schema import Optim
+from tokar.conf.spine import Optim
 from tokar.models.generators.next_scale import NextScale
 from tokar.train.optim import make_optimizer
 from torch import nn

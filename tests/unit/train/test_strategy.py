@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tokar.conf.schema import Strategy
+from tokar.conf.spine import Strategy
 from tokar.errors import UserError
 from tokar.train.strategy import Workers
 

@@ -1,0 +1,121 @@
+"""The schema of each training stage."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ..ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
+from .nodes import Component, Length, Node, Text, Varying
+from .spine import Optim, Spine
+
+
+class TokenizerLosses(Node):
+    """Weights of the tokenizer's losses."""
+
+    reconstruction: Literal["l1", "l2"] = Field("l2", description="distance of pixels")
+    reconstruction_weight: NonNegativeFloat = Field(1.0, description="of the pixel loss")
+    perceptual_weight: NonNegativeFloat = Field(0.0, description="of LPIPS, which needs lpips_weights")
+    lpips_weights: Text | None = Field(None, description="file with VGG16 and linear-head weights")
+    convnext_weight: NonNegativeFloat = Field(0.0, description="of the distance of ConvNeXt's logits; needs convnext_path")
+    convnext_path: Text | None = Field(None, description="folder or hub id of a ConvNeXt classifier of transformers")
+    adversarial: Literal["hinge", "non_saturating"] = Field("hinge", description="loss of the discriminator")
+    adversarial_generator: Literal["hinge", "non_saturating"] | None = Field(
+        None, description="loss of the generator; null takes the discriminator's"
+    )
+    adversarial_weight: NonNegativeFloat = Field(0.5, description="of the generator's adversarial loss")
+    adversarial_start: Length = Field(0, description="the discriminator rests before")
+    adversarial_warmup: Length = Field(0, description="from its start the adversarial weight rises linearly for so long")
+    adaptive: bool = Field(False, description="scale the adversarial weight by the ratio of last-layer gradients")
+    r1_weight: NonNegativeFloat = Field(0.0, description="γ/2: of the discriminator's squared gradient on real images")
+    r1_every: PositiveInt = Field(1, description="R1 at every so many steps, weighted as much higher (StyleGAN2: 16)")
+    lecam_weight: NonNegativeFloat = Field(0.0, description="of LeCam, which keeps logits near the other kind's average")
+    lecam_decay: Fraction = Field(0.999, description="of LeCam's averages")
+    auxiliary_end: Length = Field(0, description="end of the tokenizer's early losses (GigaTok's shortcut and feature loss)")
+
+
+class Semantic(Node):
+    """Semantic regularization: the tokenizer's projected features follow a frozen teacher's."""
+
+    teacher: Component
+    weight: NonNegativeFloat = Field(0.5, description="of the cosine loss")
+
+
+class TokenizerParts(Node):
+    """What the tokenizer stage is made of."""
+
+    tokenizer: Component
+    discriminator: Component | None
+    losses: TokenizerLosses
+    semantic: Semantic | None = Field(None, description="a teacher that the features follow")
+    optim: Optim
+    discriminator_optim: Optim
+
+
+class TokenizerRun(TokenizerParts, Spine):
+    """`tokar train tokenizer`."""
+
+    stage: Literal["tokenizer"]
+
+
+class Codes(Node):
+    """Codes on disk, or made on the fly."""
+
+    path: Text | None = Field(description="folder of code shards; null encodes images on the fly")
+    tokenizer: Text | None = Field(description="run or exported model of the tokenizer that made the codes")
+
+
+class Sampling(Node):
+    """How codes are drawn from a generator."""
+
+    guidance: Varying = Field(1.0, description="s in u + s·(c − u)")
+    temperature: Varying = Field(1.0, description="divides the logits")
+    top_k: NonNegativeInt = Field(0, description="keep the k likeliest codes; 0 keeps all")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="keep the likeliest codes that make up this probability"
+    )
+    greedy: bool = Field(False, description="always the likeliest code")
+    cache: bool = Field(True, description="keep keys and values; false recomputes them (slow, for comparison)")
+    compile: bool = Field(False, description="torch.compile the decode step; worth it for many samples on a GPU")
+    steps: Varying | None = Field(None, description="block diffusion: steps in each block or sub-block; null: one a token")
+    reveal: Literal["confidence", "threshold", "maskgit", "first_hitting", "entropy", "adaptive"] | None = Field(
+        None, description="block diffusion: which tokens each step reveals; null: confidence"
+    )
+    pace: Literal["uniform", "cosine"] | None = Field(
+        None, description="block diffusion: equally many tokens a step, or few first; null: cosine for maskgit, else uniform"
+    )
+    threshold: Fraction | None = Field(
+        None, description="reveal=threshold or adaptive: confidence from which on a token is revealed; null: 0.9"
+    )
+    reveal_noise: NonNegativeFloat | None = Field(
+        None, description="reveal=maskgit: Gumbel noise on the log of confidence, fading to 0; null: 4.5"
+    )
+    entropy_budget: NonNegativeFloat | None = Field(
+        None, description="reveal=entropy: sum of a step's entropies, adaptive: how far it may rise; nats; null: 0.35"
+    )
+    sub_block: PositiveInt | None = Field(
+        None, description="block diffusion: tokens of the parts of a block that are finished one by one; null: the whole block"
+    )
+    sub_block_cache: bool = Field(
+        False, description="compute a sub-block alone after its first step, the rest of its block as it was then (approximate)"
+    )
+
+
+class GeneratorRun(Spine):
+    """`tokar train generator`."""
+
+    stage: Literal["generator"]
+    codes: Codes
+    generator: Component
+    class_dropout: Fraction = Field(0.1, description="share of samples trained without their class")
+    sampling: Sampling
+
+
+class ClassifierRun(Spine):
+    """`tokar train classifier`."""
+
+    stage: Literal["classifier"]
+    classifier: Component
+    label_smoothing: Fraction = Field(0.0, description="probability spread over the other classes")
+    shift: NonNegativeInt = Field(0, description="augmentation: random shift in pixels")
