@@ -26,8 +26,10 @@ TRAINING = ("tokenizer", "generator", "classifier")
 """Stages of `tokar train`."""
 
 NEUTRAL = (
-    "name", "paths", "logger", "loop.log_every", "loop.keep", "loop.keep_every", "data.source", "data.path", "data.workers",
-    "data.decoder", "data.prepare_size", "strategy.threads", "resume_from",
+    "name", "paths", "logger", "loop.log_every", "loop.keep", "loop.keep_every", "loop.save_async", "loop.accumulate",
+    "data.source", "data.path", "data.workers", "data.decoder", "data.prepare_size", "resume_from",
+    *(f"strategy.{key}" for key in ("name", "devices", "nodes", "accelerator", "recompute", "channels_last", "offload",
+                                    "reshard", "persistent", "bucket_mib", "backend", "timeout", "threads")),
 )  # fmt: skip
 """Keys that do not change what a run computes: they neither name its folder nor forbid to resume it."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from .nodes import Length, Node, Text
@@ -83,6 +83,7 @@ class Loop(Node):
     eval_every: Length | None = Field(None, description="null: only at the end")
     sample_every: Length | None = Field(None, description="pictures while training")
     save_every: Length | None = Field(None, description="checkpoints; null: only at the end")
+    save_async: bool = Field(True, description="write checkpoints while training goes on")
     keep: PositiveInt = Field(2, description="newest checkpoints kept")
     keep_every: Length | None = Field(None, description="checkpoints at multiples of this are never pruned")
     eval_samples: PositiveInt = Field(1024, description="images of the validation split looked at")
@@ -91,18 +92,60 @@ class Loop(Node):
 class Strategy(Node):
     """How the work is spread and in what precision."""
 
-    name: Literal["single", "ddp"] = Field("single", description="one device, or data-parallel ranks")
+    name: Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"] = Field(
+        "single",
+        description="one device; whole networks on every rank; shards of everything by FSDP2; or by DeepSpeed's ZeRO shards of "
+        "moments, gradients too, weights too",
+    )
     devices: PositiveInt = Field(1, description="on each node")
     nodes: PositiveInt = Field(1, description="machines")
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the arithmetic; weights stay in fp32")
-    compile: bool = Field(False, description="torch.compile each network")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="of products and convolutions; weights stay in fp32; fp16 scales the loss"
+    )
+    compile: bool = Field(False, description="torch.compile each repeated unit of a network")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="activation checkpointing: units keep their inputs, or also the results of products and attention, and "
+        "compute the rest again in the backward pass",
+    )
     attention: Literal["auto", "sdpa", "flex", "flash"] = Field(
         "auto",
         description="kernel of a generator's attention; auto: flash-attn where it is installed and fits, else torch's sdpa",
     )
-    channels_last: bool = Field(True, description="memory format of convolutions")
+    channels_last: bool = Field(True, description="memory format of convolutions; single and ddp only")
+    offload: Literal["none", "optimizer"] = Field(
+        "none", description="zero2 and zero3 on GPUs: moments and masters in host memory"
+    )
+    reshard: bool = Field(
+        True, description="fsdp: free a unit's weights after its forward; false gathers once, for more memory"
+    )
+    persistent: NonNegativeInt = Field(100_000, description="zero3: parameters of fewer elements stay on every rank")
+    bucket_mib: PositiveInt = Field(25, description="gradients that ranks exchange at once, MiB")
+    backend: Literal["auto", "nccl", "gloo"] = Field("auto", description="between ranks; auto: nccl for GPUs, else gloo")
+    timeout: PositiveInt = Field(1800, description="seconds after which ranks that wait for one another give up")
     threads: NonNegativeInt = Field(0, description="CPU threads per process; 0 leaves torch's choice")
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Strategy:
+        """Pairs that cannot work, each with the nearest that does."""
+        sharded, zero = self.name not in ("single", "ddp"), self.name.startswith("zero")
+        cuda = self.accelerator != "cpu"
+        refused = [
+            (self.name == "single" and self.devices * self.nodes > 1,
+             f"single is one device, not {self.devices * self.nodes}; set strategy=ddp, fsdp or zero2"),
+            (sharded and self.channels_last,
+             f"{self.name} keeps flat shards, which have no memory format; set strategy.channels_last=false"),
+            (self.offload != "none" and self.name not in ("zero2", "zero3"),
+             f"only zero2 and zero3 offload, not {self.name}; set strategy=zero2 or strategy.offload=none"),
+            (self.offload != "none" and not cuda, "offload moves from a GPU to the host; set strategy.offload=none"),
+            (self.backend == "nccl" and not cuda, "nccl joins GPUs only; set strategy.backend=auto"),
+            (zero and self.compile and self.recompute == "selective",
+             "selective recomputation of compiled units does not see ZeRO's gathering; set strategy.recompute=full"),
+        ]  # fmt: skip
+        if found := [text for bad, text in refused if bad]:
+            raise ValueError("; and ".join(found))
+        return self
 
 
 class Wandb(Node):

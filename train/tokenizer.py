@@ -31,8 +31,8 @@ from ..models.tokenizers.losses import (
 )
 from ..models.tokenizers.teachers import Teacher, semantic_loss
 from .clock import Clock
+from .network import Network, Trainable
 from .stage import Batch, Networks
-from .strategy import Network, Trainable
 
 
 class TokenizerStage:
