@@ -78,10 +78,11 @@ class Replicated(Engine):
         self.masters, self.pieces = [value for _, value in trained(module)], whole_pieces(module)
         self._parallel: nn.parallel.DistributedDataParallel | None = None
         if dist.is_initialized() and dist.get_world_size() > 1:
-            # Buffers need no broadcast: whatever updates one sums over ranks itself.
             self._parallel = self.wrapped = nn.parallel.DistributedDataParallel(
-                wrapped, broadcast_buffers=False, bucket_cap_mb=strategy.bucket_mib, gradient_as_bucket_view=True
+                wrapped, bucket_cap_mb=strategy.bucket_mib, gradient_as_bucket_view=True
             )
+            # Whatever updates a buffer sums over ranks itself. Named otherwise from one torch to the next, hence set here.
+            self._parallel.require_forward_param_sync = False
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:

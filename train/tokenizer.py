@@ -17,6 +17,7 @@ from ..data.stream import to_image, to_uint8
 from ..errors import UserError
 from ..evaluate.reconstruction import psnr, ssim
 from ..models.build import build
+from ..models.ranks import ranks, sum_over_ranks
 from ..models.tokenizers.base import Tokenizer, TokenizerOutput
 from ..models.tokenizers.discriminators import LeCamDiscriminator
 from ..models.tokenizers.losses import (
@@ -52,7 +53,9 @@ class TokenizerStage:
         self.trainables = {"tokenizer": Trainable(self.tokenizer, config.tokenizer, config.optim, facts=facts)}
         if config.discriminator is not None:
             node = adversary_node(config.discriminator, config.losses)
-            self.trainables["discriminator"] = Trainable(build(node), node, config.discriminator_optim, ema=False)
+            self.trainables["discriminator"] = Trainable(
+                build(node), node, config.discriminator_optim, ema=False, twice=config.losses.r1_weight > 0
+            )
         self.perceptual = perceptual_losses(config.losses)
         self.semantic = config.semantic
         self.teacher: Teacher | None = build(config.semantic.teacher) if config.semantic is not None else None
@@ -228,11 +231,11 @@ class LastLayer:
         self.input = inputs[0].detach()
 
     def norm(self, gradient: Tensor) -> Tensor:
-        """‖∂loss/∂weight‖ for `gradient` = ∂loss/∂output."""
+        """‖∂loss/∂weight‖ for `gradient` = ∂loss/∂output, of the whole batch: ranks hold equal parts of it."""
         layer = self.layer
         shape, kept = layer.weight.shape, self.input.float()
         weight_gradient = conv2d_weight(kept, shape, gradient, layer.stride, layer.padding, layer.dilation, layer.groups)
-        return weight_gradient.norm()
+        return (sum_over_ranks(weight_gradient) / ranks()).norm()
 
 
 def _forward(tokenizer: Network, image: Tensor, auxiliary: bool = False) -> tuple[TokenizerOutput, Tensor]:
