@@ -7,6 +7,7 @@ to the fused optimizer as `grad_scale` and `found_inf`, tensors on the device.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -110,6 +111,8 @@ class FullySharded(Engine):
         from torch.distributed.fsdp import fully_shard
 
         super().__init__(module, wrapped)
+        # It warns of views as outputs, which something might change in place; nothing here does.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         shapes = [value.shape for _, value in trained(module)]
         mesh = init_device_mesh(next(module.parameters()).device.type, (dist.get_world_size(),))
         self._parts: list[Any] = [

@@ -225,6 +225,7 @@ class LastLayer:
         if not isinstance(layer, nn.Conv2d):
             raise ValueError(f"the last layer is a {type(layer).__name__}, not a Conv2d; set losses.adaptive=false")
         self.layer, self.input = layer, torch.empty(0)
+        self.shape = layer.weight.shape  # now: a strategy may take the weight apart
         layer.register_forward_pre_hook(self._keep)
 
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -233,8 +234,8 @@ class LastLayer:
     def norm(self, gradient: Tensor) -> Tensor:
         """‖∂loss/∂weight‖ for `gradient` = ∂loss/∂output, of the whole batch: ranks hold equal parts of it."""
         layer = self.layer
-        shape, kept = layer.weight.shape, self.input.float()
-        weight_gradient = conv2d_weight(kept, shape, gradient, layer.stride, layer.padding, layer.dilation, layer.groups)
+        kept = self.input.float()
+        weight_gradient = conv2d_weight(kept, self.shape, gradient, layer.stride, layer.padding, layer.dilation, layer.groups)
         return (sum_over_ranks(weight_gradient) / ranks()).norm()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,6 +39,8 @@ def _deepspeed(device: torch.device) -> Any:
     except ImportError as error:
         raise UserError("ZeRO needs deepspeed", where="strategy", fix="pip install 'tokar[deepspeed]'") from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # It speaks to torch by names that torch is about to drop.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # serves inference only, and wants a compiler
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return deepspeed
@@ -145,6 +148,8 @@ class Zero(Engine):
                 length = parameter.partition_numel()
                 start = dist.get_rank() * length
                 count = min(length, parameter.ds_numel - start)
+                if count < length:  # padding comes with whatever was in memory
+                    self.masters[index].detach()[offset + max(count, 0) : offset + length].zero_()
                 if count > 0:
                     pieces.append(Piece(names[id(parameter)], parameter.ds_shape, start, count, index, offset))
                 offset += length
