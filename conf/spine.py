@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from ..ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from .nodes import Length, Node, Text
@@ -125,27 +125,6 @@ class Strategy(Node):
     backend: Literal["auto", "nccl", "gloo"] = Field("auto", description="between ranks; auto: nccl for GPUs, else gloo")
     timeout: PositiveInt = Field(1800, description="seconds after which ranks that wait for one another give up")
     threads: NonNegativeInt = Field(0, description="CPU threads per process; 0 leaves torch's choice")
-
-    @model_validator(mode="after")
-    def _pairs(self) -> Strategy:
-        """Pairs that cannot work, each with the nearest that does."""
-        sharded, zero = self.name not in ("single", "ddp"), self.name.startswith("zero")
-        cuda = self.accelerator != "cpu"
-        refused = [
-            (self.name == "single" and self.devices * self.nodes > 1,
-             f"single is one device, not {self.devices * self.nodes}; set strategy=ddp, fsdp or zero2"),
-            (sharded and self.channels_last,
-             f"{self.name} keeps flat shards, which have no memory format; set strategy.channels_last=false"),
-            (self.offload != "none" and self.name not in ("zero2", "zero3"),
-             f"only zero2 and zero3 offload, not {self.name}; set strategy=zero2 or strategy.offload=none"),
-            (self.offload != "none" and not cuda, "offload moves from a GPU to the host; set strategy.offload=none"),
-            (self.backend == "nccl" and not cuda, "nccl joins GPUs only; set strategy.backend=auto"),
-            (zero and self.compile and self.recompute == "selective",
-             "selective recomputation of compiled units does not see ZeRO's gathering; set strategy.recompute=full"),
-        ]  # fmt: skip
-        if found := [text for bad, text in refused if bad]:
-            raise ValueError("; and ".join(found))
-        return self
 
 
 class Wandb(Node):
