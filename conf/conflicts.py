@@ -56,7 +56,7 @@ def _strategy_conflicts(strategy: Any) -> Iterator[str]:
         yield f"strategy.channels_last: flat shards of {name} have no memory format; set it to false, or strategy=ddp"
     if strategy.offload != "none" and name not in ("zero2", "zero3"):
         yield f"strategy.offload: {name} cannot; set strategy=zero2 or zero3, or strategy.offload=none"
-    if strategy.offload != "none" and cpu:
+    elif strategy.offload != "none" and cpu:
         yield "strategy.offload: moves from a GPU to the host, and there is none; set strategy.offload=none"
     if strategy.backend == "nccl" and cpu:
         yield "strategy.backend: nccl joins GPUs only; set strategy.backend=auto"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..conf.spine import Ema as EmaConfig
 from ..conf.spine import Strategy as StrategyConfig
+from ..errors import UserError
 from ..models.build import pick_device
 from ..models.generators.base import Generator
 from ..models.kernels import choose
@@ -50,11 +51,28 @@ class Precise(nn.Module):
             return self.module(*inputs)
 
 
+def _check_cpu(config: StrategyConfig) -> None:
+    """What `accelerator=auto` finds out only now.
+
+    Raises:
+        UserError: something of the strategy needs a GPU.
+    """
+    what = {"strategy.precision=fp16": config.precision == "fp16", "strategy.offload": config.offload != "none",
+            "strategy.backend=nccl": config.backend == "nccl"}  # fmt: skip
+    fix = {"strategy.precision=fp16": "set strategy.precision=bf16 or fp32", "strategy.offload": "set strategy.offload=none",
+           "strategy.backend=nccl": "set strategy.backend=auto"}  # fmt: skip
+    for where, asked in what.items():
+        if asked:
+            raise UserError("needs a GPU, and none is visible", where=where, fix=fix[where])
+
+
 class Workers:
     """The processes of a run and their devices."""
 
     def __init__(self, config: StrategyConfig) -> None:
-        pick_device(config.accelerator)
+        device = pick_device(config.accelerator)
+        if device.type == "cpu":
+            _check_cpu(config)
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config

@@ -6,6 +6,7 @@ amplify it.
 """
 
 import json
+import random
 
 import pytest
 import torch
@@ -137,6 +138,27 @@ def test_the_same_ranks_go_on_bitwise(tokenizers, strategy):
 
 
 @pytest.mark.slow
+def test_ranks_killed_while_a_checkpoint_is_being_written_lose_nothing_but_the_steps_since_the_last(tokenizers, tmp_path):
+    straight, run, moments = tokenizers.under("zero2"), tmp_path / "run", random.Random(0)
+    arguments = [*tokenizers.arguments, *STRATEGIES["zero2"], "strategy.devices=2", "loop.save_every=1"]
+    for goal in (1, 3, 4):
+        ranks = tokenizers.start_ranks(tmp_path, 2, *arguments)
+        hit = ranks.commands[0].kill_when(
+            lambda goal=goal: any((run / "checkpoints").glob(f".step-{goal:08d}")), moments, within=0.02
+        )
+        ranks.kill()
+        assert hit, ranks.output
+        done = sorted(path.parent.name for path in run.glob("checkpoints/step-*/COMPLETE"))
+        assert f"step-{goal - 1:08d}" in done or goal == 1
+    ranks = tokenizers.start_ranks(tmp_path, 2, *arguments)
+    assert ranks.wait() == [0, 0], ranks.output
+    assert metrics(run) == metrics(straight)
+    last = "checkpoints/step-00000006"
+    for path in sorted((straight / last).rglob("*.safetensors")):
+        assert path.read_bytes() == (run / last / path.relative_to(straight / last)).read_bytes(), path.name
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero3"])
 def test_bf16_stays_near_fp32(generators, strategy):
     run = generators.run(f"{strategy}-bf16", 2, *STRATEGIES[strategy], "strategy.precision=bf16")
@@ -154,3 +176,41 @@ def test_consolidated_weights_are_the_parts_put_together(tokenizers, tmp_path):
     assert len(parts.paths) == 2
     for name, value in model.state_dict().items():
         assert torch.equal(value, parts.read(name)), name
+
+
+DOUBTFUL = {
+    "strategy=zero3 strategy.precision=fp16 strategy.compile=true": "needs a GPU",
+    "strategy=zero2 strategy.offload=optimizer strategy.accelerator=auto": "strategy.offload: needs a GPU",
+    "strategy=fsdp strategy.channels_last=true": "flat shards of fsdp have no memory format",
+    "strategy=ddp strategy.offload=optimizer": "strategy.offload: ddp cannot",
+    "strategy.devices=2": "single uses one device, not 2",
+    "strategy=ddp strategy.backend=nccl": "nccl joins GPUs only",
+    "strategy.attention=flash": "flash computes in half precision",
+    "strategy.attention=flash strategy.precision=bf16": "flash cannot be used: it needs a GPU",
+    "strategy.attention=flex": "flex cannot train on a CPU",
+    "strategy=zero2 strategy.compile=true strategy.recompute=selective": "selective does not see",
+    "strategy=ddp strategy.devices=13 loop.accumulate=1": "12 samples cannot fill 13 micro-batches",
+    "strategy=zero4": "zero4",
+    "strategy=zero3 strategy.recompute=full strategy.precision=bf16": "runs",
+    "strategy=fsdp strategy.recompute=selective strategy.reshard=false": "runs",
+    "strategy=zero1 strategy.recompute=selective strategy.bucket_mib=1": "runs",
+    "strategy=fsdp strategy.compile=true strategy.recompute=full": "runs",
+    "strategy=ddp loop.accumulate=3 strategy.recompute=full optim.clip=0": "runs",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", DOUBTFUL)
+def test_a_doubtful_combination_runs_or_says_why_not_in_one_line(generators, tmp_path, settings):
+    named = settings.split()
+    devices = [] if "strategy.devices" in settings else ["strategy.devices=1"]
+    ranks = generators.start_ranks(tmp_path, 1, *generators.arguments, "loop.duration=2", *devices, *named)
+    code, said = ranks.wait()[0], ranks.output
+    if DOUBTFUL[settings] == "runs":
+        assert code == 0, said
+    else:
+        lines = [line for line in said.splitlines() if line.startswith("tokar:")]
+        assert code == 2, said
+        assert len(lines) == 1, said
+        assert DOUBTFUL[settings] in lines[0]
+        assert not (tmp_path / "run" / "checkpoints").exists()

@@ -58,11 +58,11 @@ class Command:
         assert self.process.exitcode is not None
         return self.process.exitcode
 
-    def kill_when(self, condition: Callable[[], bool], moments: random.Random) -> bool:
-        """SIGKILL up to a tenth of a second after `condition` holds; false when the process ended before."""
+    def kill_when(self, condition: Callable[[], bool], moments: random.Random, within: float = 0.1) -> bool:
+        """SIGKILL up to `within` seconds after `condition` holds; false when the process ended before."""
         while self.process.is_alive():
             if condition():
-                time.sleep(moments.choice([0.0, moments.uniform(0.0, 0.1)]))
+                time.sleep(moments.choice([0.0, moments.uniform(0.0, within)]))
                 alive = self.process.is_alive()
                 self.kill()
                 return alive
