@@ -89,6 +89,28 @@ class Loop(Node):
     eval_samples: PositiveInt = Field(1024, description="images of the validation split looked at")
 
 
+class Guard(Node):
+    """What happens when a step goes wrong, or does not end."""
+
+    spike: PositiveFloat | None = Field(
+        None,
+        description="skip a step whose loss lies so many spreads above its running mean; null: only what is not finite. "
+        "Losses that may jump, as when a discriminator starts, want null",
+    )
+    warmup: PositiveInt = Field(100, description="good steps before the first spike is told")
+    patience: PositiveInt = Field(
+        3, description="so many skipped steps in a row take the run back to its last checkpoint from before them"
+    )
+    rollbacks: NonNegativeInt = Field(
+        3, description="how often in a row a run goes back without getting past the place; then it stops"
+    )
+    hang_after: PositiveFloat | None = Field(
+        480.0,
+        description="seconds without a step after which a run that hangs reports all ranks' stacks and ends; "
+        "ten times that around evaluations, pictures, checkpoints and the first step; null: never",
+    )
+
+
 class Strategy(Node):
     """How the work is spread and in what precision."""
 
@@ -156,6 +178,7 @@ class Spine(Node):
     schedule: ScheduleConfig
     ema: Ema | None
     loop: Loop
+    guard: Guard
     strategy: Strategy
     logger: Logger
     resume_from: Text | None = Field(None, description="run or checkpoint to go on from when this run has none of its own")

@@ -102,9 +102,17 @@ class Checkpoints:
             error, self._error = self._error, None
             raise error
 
-    def newest(self, warn: Warn) -> Saved | None:
+    def newest(self, warn: Warn, last: int | None = None) -> Saved | None:
         """See `store.newest`; the ranks share the reading, and agree."""
-        return store.newest(self.folder, warn, self._wrong)
+        return store.newest(self.folder, warn, self._wrong, last)
+
+    def go_back(self, saved: Saved, moved: Mapping[str, Any]) -> None:
+        """Make `saved`, with other entries in its state, the one that the run goes on from; later ones are removed."""
+        self.workers.barrier()  # all have read it before any is removed
+        if self.workers.rank == 0:
+            store.move(saved, moved)
+            store.remove_after(self.folder, saved.step)
+        self.workers.barrier()
 
     def find(self, path: Path, warn: Warn) -> Saved:
         """See `store.find`; the ranks share the reading, and agree."""
@@ -112,7 +120,8 @@ class Checkpoints:
 
     def _wrong(self, path: Path) -> list[str]:
         found = store.problems(path, self.workers.rank, self.workers.world)
-        return found or (["a part of it is damaged"] if self.workers.any(bool(found)) else [])
+        anywhere = self.workers.any(bool(found))
+        return found or (["a part of it is damaged"] if anywhere else [])
 
 
 def _parcel(networks: Networks, meters: Meters, state: Mapping[str, Any], rank: int, world: int) -> Parcel:

@@ -48,11 +48,19 @@ class Meters:
             key = f"{name}#" if value.ndim else name
             self.sums[key] = self.sums[key] + scaled if key in self.sums else scaled
 
+    def add_step(self, step: Meters, bad: Tensor) -> None:
+        """Add what a step collected, or nothing where the flag `bad` `[]` is set; decided on the device."""
+        for key, total in step.sums.items():
+            kept = torch.where(bad, torch.zeros_like(total), total)
+            self.sums[key] = self.sums[key] + kept if key in self.sums else kept
+
     def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Metrics by name, reduced over ranks by `reduce` (a sum); clears the sums."""
+        """Metrics by name, reduced over ranks by `reduce` (a sum), without those of bad steps only; clears the sums."""
         found: dict[str, float] = {}
         for key, total in sorted(self.sums.items()):
             total = reduce(total)
+            if not (total if key.endswith("#") else total[1]).any():
+                continue
             if key.endswith("#"):
                 usage, perplexity = usage_and_perplexity(total)
                 self.reach[f"{key[:-1]}/usage"] = min(1.0, float(total.sum()) / len(total))
@@ -64,18 +72,24 @@ class Meters:
 
 
 class MetricsFile:
-    """A file of JSON lines that restarts cleanly after a kill."""
+    """A file of JSON lines that restarts cleanly after a kill.
 
-    def __init__(self, path: Path, last_step: int) -> None:
+    Args:
+        path: of the file.
+        last: data position that the run goes on from; what was written behind it will be written again. (Not its step:
+            a run that went back to a checkpoint has counted some steps twice, but no sample.)
+    """
+
+    def __init__(self, path: Path, last: int) -> None:
         self.path = path
-        kept = [line for line in _whole_lines(path) if line["step"] <= last_step]
+        kept = [line for line in _whole_lines(path) if line["samples"] <= last]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(path)
         self._file = path.open("a")
 
-    def write(self, clock: Clock, values: Mapping[str, float]) -> None:
-        """Append one record."""
+    def write(self, clock: Clock, values: Mapping[str, Any]) -> None:
+        """Append one record; one with the key `event` tells what happened to the run instead of how it goes."""
         self._file.write(json.dumps({"step": clock.step, "samples": clock.samples, **values}) + "\n")
         self._file.flush()
 
@@ -92,7 +106,7 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict) and "step" in record:
+        if isinstance(record, dict) and {"step", "samples"} <= record.keys():
             records.append(record)
     return records
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ import torch
 from ..conf.spine import Loop as LoopConfig
 from ..conf.spine import ScheduleConfig
 from ..data.stream import Stream
-from ..errors import UserError
 from ..evaluate.images import save_grid
+from . import checkpoint
 from .checkpoint import Checkpoints
 from .clock import Clock
+from .guard import Diverged, Guard, Verdict
 from .logging import Meters, MetricsFile, Progress, Stopwatch, Wandb, memory
 from .network import Network
 from .randomness import seed_step
@@ -31,7 +31,7 @@ COLLAPSED, SETTLED = 0.02, 100
 """A codebook is called collapsed when, from step `SETTLED` on, the tokens between two logs use less than this share of it,
 or, where they are fewer than it has codes (a coarse scale), less than this share of what they could."""
 
-DIVERGED = "lower optim.lr or optim.clip, or look for bad images; the last checkpoint is sound"
+DIVERGED = "lower optim.lr or optim.clip, or look for bad images"
 
 
 @dataclass
@@ -55,15 +55,20 @@ class Fit:
     wandb: Wandb
     progress: Progress
     stop: StopFlag
+    guard: Guard
     meters: Meters = field(default_factory=Meters)
     told: set[str] = field(default_factory=set)
+    unsaved: bool = False
+    """A checkpoint is due, and waits for the end of a row of bad steps."""
 
     def fit(self) -> None:
         """Train to the end.
 
         Raises:
             Stopped: a signal asked for it; the checkpoint is written.
+            Diverged: steps went wrong that the guard could not get past.
         """
+        self.workers.watch.expect_steps(self.folder, self.guard.config.hang_after)
         watch = Stopwatch()
         batches = self.train.batches(self.clock.samples)
         while not self.clock.finished:
@@ -79,44 +84,85 @@ class Fit:
     def _step(self, micro_batches: list[Batch]) -> None:
         seed_step(self.seed, self.clock.step, self.workers.rank)
         lr_factor = factor(self.schedule, self.clock)
+        step = Meters()
+        self.guard.begin()
         for number, batch in enumerate(micro_batches, 1):
             count = len(batch["label"])
             weight = count * self.workers.world / self.clock.batch_size  # ranks average, so this makes one mean over the batch
             with self.workers.micro_batch(self.networks, weight, last=number == len(micro_batches)):
                 metrics = self.stage.step(batch, self.clock, self.networks)
-            self.meters.add({f"train/{name}": value for name, value in metrics.items()}, count)
+            step.add({f"train/{name}": value for name, value in metrics.items()}, count)
+        loss = step.sums["train/loss"][0] / self.clock.batch_size
+        veto = self.guard.judge(loss, stop=self.stop.signal is not None)
+        updates = {}
         for name, network in self.networks.items():
-            update = network.step(lr_factor, weight_decay(network.trainable.optim, self.clock))
+            updates[name] = update = network.step(lr_factor, weight_decay(network.trainable.optim, self.clock), veto)
             if update is None:
                 continue
-            self.meters.add({f"optim/{name}_grad_norm": update.norm}, 1)
+            step.add({f"optim/{name}_grad_norm": update.norm}, 1)
             if network.ema is not None:
                 network.ema.update(self.clock.step + 1)
+        self.meters.add_step(step, bad=self.guard.conclude(self.clock.advanced(), updates))
         self.meters.add({"optim/lr_factor": torch.tensor(lr_factor)}, 1)
 
     def _boundary(self, watch: Stopwatch) -> None:
         """What may happen between two steps, in this order."""
         loop, clock = self.loop, self.clock
-        note = ""
-        if clock.step % loop.log_every == 0 or clock.finished:
-            note = self._log(watch)
-        if clock.due(loop.eval_every) or clock.finished:
-            note = self._evaluate() or note
-        if clock.due(loop.sample_every) or clock.finished:
-            self._draw()
-        self.progress.update(clock, note)
+        evaluating, drawing = (clock.due(every) or clock.finished for every in (loop.eval_every, loop.sample_every))
+        self.unsaved |= clock.due(loop.save_every) or clock.finished
+        self.workers.watch.step(long=self.unsaved or evaluating or drawing)
         self.checkpoints.check()
-        stopping = self.workers.any(self.stop.signal is not None)
-        if clock.due(loop.save_every) or clock.finished or stopping:
-            self._save()
-        if stopping and not clock.finished:
+        found = self.guard.read(clock, everything=self.unsaved)
+        for verdict in found.bad:
+            self._tell(verdict.clock, "skip", verdict.reason)
+        if found.trip is not None:
+            self._go_back(found.trip)
+        else:
+            note = self._log(watch) if clock.step % loop.log_every == 0 or clock.finished else ""
+            if evaluating:
+                note = self._evaluate() or note
+            if drawing:
+                self._draw()
+            self.progress.update(clock, note)
+            if found.stop or clock.finished or (self.unsaved and not found.bad_at(clock)):
+                self._save()
+        if found.stop and not self.clock.finished:
             self.checkpoints.wait()
             self.workers.barrier()
-            raise Stopped(self.stop.signal or 15, clock.step)
+            raise Stopped(self.stop.signal or 15, self.clock.step)
+
+    def _tell(self, clock: Clock, event: str, reason: str, **more: int) -> None:
+        """Write down what happened to the run, and say it; a stop is said by the error that it ends with."""
+        self.metrics.write(clock, {"event": event, "reason": reason, **more})
+        said = {"skip": "the update is left out", "rollback": f"back to step {more.get('to')}, with the data that follow"}
+        if event in said:
+            self.progress.say(f"{self.folder}: step {clock.step}: {reason}; {said[event]}")
+
+    def _go_back(self, trip: Verdict) -> None:
+        """Go on from the last checkpoint before a row of bad steps, with the data behind them.
+
+        Raises:
+            Diverged: there is none, or that did not help before.
+        """
+        self.workers.watch.step(long=True)
+        self.checkpoints.wait()
+        self.workers.barrier()  # rank 0 has made the last one count
+        row = f"{trip.row} steps in a row went wrong"
+        saved = self.checkpoints.newest(self.workers.warn, last=trip.clock.step - trip.row)
+        if saved is None or self.guard.gives_up:
+            tried = "there is no checkpoint from before them" if saved is None else f"going back to step {saved.step} did not help"
+            self._tell(self.clock, "stop", f"{row}, and {tried}")
+            raise Diverged(f"{row} up to step {trip.clock.step} ({trip.reason}), and {tried}", where=self.folder, fix=DIVERGED)
+        self.meters.sums = checkpoint.restore(saved, self.networks, self.workers)
+        self.guard.go_back(trip.clock, saved.state.get("guard"))
+        self._tell(self.clock, "rollback", row, to=saved.step)
+        self.metrics.sync()
+        self.checkpoints.go_back(saved, {"samples": self.clock.samples, "guard": self.guard.facts()})
+        self.clock, self.unsaved = replace(self.clock, step=saved.step), False
 
     def _log(self, watch: Stopwatch) -> str:
         values = self.meters.read(self.workers.sum)
-        self._check(values)
+        self._warn_of_collapse(values)
         speed = watch.read()
         self.metrics.write(self.clock, values)
         self.timing.write(self.clock, {**speed, **memory(self.workers.device)})
@@ -125,18 +171,8 @@ class Fit:
         parts = [f"{name} {value:.4f}" for name, value in shown.items()] + [f"{speed['images_per_s']:.0f} images/s"]
         return "  ".join(parts)
 
-    def _check(self, values: dict[str, float]) -> None:
-        """A loss that is no number ends the run; a codebook that hardly any code of is used is told.
-
-        Raises:
-            UserError: the loss is not finite; the checkpoints before it stay.
-        """
-        if not math.isfinite(values["train/loss"]):
-            raise UserError(
-                f"the loss is {values['train/loss']} at step {self.clock.step}",
-                where=self.folder,
-                fix=DIVERGED,
-            )
+    def _warn_of_collapse(self, values: dict[str, float]) -> None:
+        """Tell of a codebook that hardly any code of is used."""
         for name, reach in self.meters.reach.items():
             value = values.get(name, 1.0)
             if value < COLLAPSED * reach and self.clock.step >= SETTLED and name not in self.told:
@@ -170,26 +206,14 @@ class Fit:
             self.wandb.write_picture(self.clock, name, path)
 
     def _save(self) -> None:
-        self._check_weights()
+        self.unsaved = False
         self.metrics.sync()
         state = {
             "step": self.clock.step, "samples": self.clock.samples, "seed": self.seed, "world": self.workers.world,
-            "main": next(iter(self.networks)), **self.facts,
+            "main": next(iter(self.networks)), "guard": self.guard.facts(), **self.facts,
         }  # fmt: skip
         stall = self.checkpoints.save(self.networks, self.meters.sums, state)
         self.timing.write(self.clock, {"save_stall_ms": 1000 * stall})
-
-    def _check_weights(self) -> None:
-        """Weights that are no numbers are not saved, so that the checkpoints before them stay the newest.
-
-        Raises:
-            UserError: some are not finite.
-        """
-        found = [name for name, network in self.networks.items() if self.workers.any(not _finite(network.engine.masters))]
-        if found:
-            raise UserError(
-                f"the {found[0]}'s weights are not finite at step {self.clock.step}", where=self.folder, fix=DIVERGED
-            )
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: value.to(self.workers.device, non_blocking=True) for name, value in batch.items()}
@@ -217,8 +241,3 @@ class Fit:
         for name, network in self.networks.items():
             network.module.train(modes[name])
 
-
-def _finite(masters: list[torch.Tensor]) -> bool:
-    """All of them are finite: read off their norms, in one synchronisation."""
-    norms = torch._foreach_norm([master.detach() for master in masters])
-    return bool(torch.stack(norms).isfinite().all())

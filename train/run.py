@@ -15,10 +15,12 @@ import torch
 
 from ..conf.compose import Composed, compose
 from ..conf.duration import Duration
+from ..errors import EXIT_USER_ERROR
 from . import checkpoint, store
 from .checkpoint import Checkpoints
 from .clock import Clock
 from .folder import RunFolder, run_folder
+from .guard import Diverged, Guard
 from .logging import METRICS_NAME, TIMING_NAME, Meters, MetricsFile, Progress, Wandb
 from .loop import Fit
 from .network import Network
@@ -38,7 +40,8 @@ def start(composed: Composed) -> int:
     workers.launch()
     stop = StopFlag()
     stop.install()
-    return run(composed, workers, stop)
+    with workers.watch:
+        return run(composed, workers, stop)
 
 
 def run(composed: Composed, workers: Workers, stop: StopFlag) -> int:
@@ -61,6 +64,10 @@ def run(composed: Composed, workers: Workers, stop: StopFlag) -> int:
     except Stopped as stopped:
         fit.progress.say(f"{path}: {stopped}")
         return stopped.exit_code
+    except Diverged:
+        if folder is not None:
+            raise
+        return EXIT_USER_ERROR  # said by rank 0
     finally:
         fit.progress.close()
         fit.wandb.finish()
@@ -75,11 +82,13 @@ def _fit(composed: Composed, built: Built, workers: Workers, networks: dict[str,
     batch = config.loop.batch_size
     clock = Clock(0, 0, Duration.parse(config.loop.duration).steps(batch, size), batch, size)
     meters = Meters()
+    guard = Guard(config.guard, networks, workers)
     checkpoints = _checkpoints(config, path, workers, clock)
     saved = _restore_point(config, checkpoints, workers)
     if saved is not None:
         meters.sums = checkpoint.restore(saved, networks, workers)
         clock = Clock(saved.step, saved.state["samples"], clock.total, batch, size)
+        guard.restore(saved.state.get("guard"))
     elif config.init_from:
         _initialise(Path(config.init_from), networks)
     main = workers.rank == 0
@@ -92,9 +101,9 @@ def _fit(composed: Composed, built: Built, workers: Workers, networks: dict[str,
         stage=built.stage, workers=workers, networks=networks, train=built.train, validate=built.validate, clock=clock,
         loop=config.loop, schedule=config.schedule, seed=config.seed, folder=path,
         checkpoints=checkpoints, facts={"config": composed.plain},
-        metrics=MetricsFile(logs / METRICS_NAME, clock.step), timing=MetricsFile(logs / TIMING_NAME, clock.step),
+        metrics=MetricsFile(logs / METRICS_NAME, clock.samples), timing=MetricsFile(logs / TIMING_NAME, clock.samples),
         wandb=Wandb(config.logger.wandb, path, path.name, composed.plain) if main else Wandb.silent(),
-        progress=progress, stop=stop, meters=meters,
+        progress=progress, stop=stop, guard=guard, meters=meters,
     )  # fmt: skip
 
 

@@ -9,6 +9,12 @@ EXIT_REQUEUE = 75
 """EX_TEMPFAIL of sysexits.h: stopped by a signal after saving; starting the same command again goes on."""
 EXIT_INTERRUPTED = 130
 """128 + SIGINT, what a shell reports for Ctrl-C."""
+EXIT_LOST = 69
+"""EX_UNAVAILABLE of sysexits.h: another rank was killed, or the process that started this one. The last checkpoint is whole:
+starting the same command again goes on, unless it is killed again for the same reason (as for want of memory)."""
+EXIT_HUNG = 124
+"""What timeout(1) reports: no step for `guard.hang_after` seconds. The same command goes on from the last checkpoint; on
+another machine where the hang was a machine's fault. RUN/hang tells where each rank stood."""
 
 
 class StopFlag:

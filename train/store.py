@@ -21,12 +21,13 @@ from typing import Any
 from torch import Size, Tensor
 
 from ..errors import UserError
+from ..evaluate.protocol import write_whole
 from ..models.build import MARKER
 from ..models.weights import save_weights
 
 FORMAT = 2
 """1 had no parts of several ranks; what it has is read as ever."""
-STATE_NAME = "state.json"
+STATE_NAME, MOVED_NAME = "state.json", "moved.json"
 Warn = Callable[[str], None]
 
 
@@ -179,21 +180,30 @@ def read_state(path: Path) -> Saved:
     state = json.loads((path / STATE_NAME).read_text())
     if state["format"] > FORMAT:
         raise UserError(f"checkpoint format {state['format']} is newer than {FORMAT}", where=path, fix="update tokar")
-    return Saved(path, state)
+    moved = path / MOVED_NAME
+    return Saved(path, {**state, **json.loads(moved.read_text())} if moved.exists() else state)
 
 
-def newest(folder: Path, warn: Warn, wrong: Callable[[Path], list[str]] = problems) -> Saved | None:
+def move(saved: Saved, state: Mapping[str, Any]) -> None:
+    """Have a checkpoint go on with other entries of its state, as its data position; its files stay as they are."""
+    write_whole(saved.path / MOVED_NAME, (json.dumps(state) + "\n").encode())
+
+
+def newest(
+    folder: Path, warn: Warn, wrong: Callable[[Path], list[str]] = problems, last: int | None = None
+) -> Saved | None:
     """The newest sound checkpoint below `folder`, `None` when there is none at all.
 
     Args:
         folder: of a run's checkpoints.
         warn: is told of damaged ones.
         wrong: what is wrong with one; ranks that share the work give one that they agree on.
+        last: step that it is not newer than; `None`: any.
 
     Raises:
         UserError: there are checkpoints, and every one is damaged.
     """
-    candidates = listed(folder)
+    candidates = [path for path in listed(folder) if last is None or _step_of(path) <= last]
     for path in reversed(candidates):
         found = wrong(path)
         if not found:
@@ -223,9 +233,24 @@ def find(path: Path, warn: Warn, wrong: Callable[[Path], list[str]] = problems) 
 def prune(folder: Path, keep: int, keep_step: Callable[[int], bool]) -> None:
     """Remove all but the newest `keep` checkpoints and those whose step `keep_step` wants."""
     for path in listed(folder)[:-keep]:
-        if not keep_step(int(path.name.removeprefix("step-"))):
-            (path / MARKER).unlink()  # first: a half-removed checkpoint must not count
-            shutil.rmtree(path)
+        if not keep_step(_step_of(path)):
+            _remove_counted(path)
+
+
+def remove_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints of later steps."""
+    for path in listed(folder):
+        if _step_of(path) > step:
+            _remove_counted(path)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _remove_counted(path: Path) -> None:
+    (path / MARKER).unlink()  # first: a half-removed checkpoint must not count
+    shutil.rmtree(path)
 
 
 def sweep_unfinished(folder: Path) -> None:

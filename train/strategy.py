@@ -28,6 +28,7 @@ from .network import Network, Trainable
 from .pieces import take_stock
 from .scaler import LossScaler
 from .units import compile_units, recompute
+from .watch import Watch
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -82,6 +83,7 @@ class Workers:
             devices=config.devices,
             num_nodes=config.nodes,
         )
+        self.watch = Watch(self.fabric)
         if self.fabric.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
 
@@ -107,7 +109,8 @@ class Workers:
         return self.fabric.device
 
     def launch(self) -> None:
-        """Start the other processes, when the strategy has some and no launcher did."""
+        """Start the other processes, when the strategy has some and no launcher did, and watch over them."""
+        self.watch.start()
         self.fabric.launch()
 
     def wrap(self, trainables: Mapping[str, Trainable], ema: EmaConfig | None) -> dict[str, Network]:
