@@ -150,7 +150,9 @@ class Fit:
         row = f"{trip.row} steps in a row went wrong"
         saved = self.checkpoints.newest(self.workers.warn, last=trip.clock.step - trip.row)
         if saved is None or self.guard.gives_up:
-            tried = "there is no checkpoint from before them" if saved is None else f"going back to step {saved.step} did not help"
+            tried = (
+                "there is no checkpoint from before them" if saved is None else f"going back to step {saved.step} was in vain"
+            )
             self._tell(self.clock, "stop", f"{row}, and {tried}")
             raise Diverged(f"{row} up to step {trip.clock.step} ({trip.reason}), and {tried}", where=self.folder, fix=DIVERGED)
         self.meters.sums = checkpoint.restore(saved, self.networks, self.workers)
@@ -240,4 +242,3 @@ class Fit:
             yield
         for name, network in self.networks.items():
             network.module.train(modes[name])
-

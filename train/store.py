@@ -189,9 +189,7 @@ def move(saved: Saved, state: Mapping[str, Any]) -> None:
     write_whole(saved.path / MOVED_NAME, (json.dumps(state) + "\n").encode())
 
 
-def newest(
-    folder: Path, warn: Warn, wrong: Callable[[Path], list[str]] = problems, last: int | None = None
-) -> Saved | None:
+def newest(folder: Path, warn: Warn, wrong: Callable[[Path], list[str]] = problems, last: int | None = None) -> Saved | None:
     """The newest sound checkpoint below `folder`, `None` when there is none at all.
 
     Args:

@@ -151,6 +151,6 @@ def _objective(folder: Path, name: str) -> float:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     values = [line[name] for line in lines if name in line]
     if not values:
-        known = sorted({key for line in lines for key in line} - {"step", "samples"})
+        known = sorted({key for line in lines if "event" not in line for key in line} - {"step", "samples"})
         raise UserError(f"no metric {name!r}", where=folder / "metrics.jsonl", fix=f"choose one of: {', '.join(known)}")
     return float(values[-1])

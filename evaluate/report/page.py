@@ -49,6 +49,7 @@ def page(runs: Sequence[Run]) -> str:
     sections = {
         "Results": tables.results(runs),
         "Curves": _curves(runs, charts),
+        "Events": tables.events(runs),
         "Details": crops.side_by_side(runs),
         "Images": _images(runs),
         "Configuration": join([tables.config_differences(runs), tables.configs(runs)]),

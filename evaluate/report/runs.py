@@ -32,6 +32,7 @@ class Run:
         config_text: as written.
         environment: versions, commit, command, start.
         metrics: rows of deterministic values, one for each logged step.
+        events: what happened to it (steps left out, ways back), with `step`, `event` and `reason`, as they came.
         timing: rows of speeds.
         results: evaluation files with their names, oldest first.
         pictures: files of `samples/`, and those drawn by evaluations.
@@ -46,6 +47,7 @@ class Run:
     config_text: str = ""
     environment: dict[str, Any] = field(default_factory=dict)
     metrics: list[Row] = field(default_factory=list)
+    events: list[Row] = field(default_factory=list)
     timing: list[Row] = field(default_factory=list)
     results: list[tuple[str, Result]] = field(default_factory=list)
     pictures: list[Path] = field(default_factory=list)
@@ -134,7 +136,10 @@ def _read_environment(run: Run) -> None:
 
 
 def _read_rows(run: Run, name: str) -> list[Row]:
-    """Rows by step, the newest line of a step winning: a resumed run may write the steps after its checkpoint again."""
+    """Rows by step, the newest line of a step winning: a run that went back to a checkpoint took the steps behind it again.
+
+    Lines on events go to the run's.
+    """
     path = run.folder / name
     if not path.exists():
         return []
@@ -144,6 +149,9 @@ def _read_rows(run: Run, name: str) -> list[Row]:
         row = _parse(line)
         if row is None:
             broken += bool(line.strip())
+            continue
+        if "event" in row:
+            run.events.append(row)
             continue
         rows[row["step"]] = {**rows.get(row["step"], {}), **row}
     if broken:

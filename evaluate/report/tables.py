@@ -13,6 +13,8 @@ from .markup import Markup, join, tag
 from .names import better, label
 from .runs import Run, flatten
 
+MOST_EVENTS = 50
+
 
 class Entry(NamedTuple):
     """One row of a table of results."""
@@ -181,6 +183,21 @@ def _facts(values: Mapping[str, Any], marked: set[str]) -> Markup:
 
 def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def events(runs: Sequence[Run]) -> Markup:
+    """What happened to the runs: steps left out, ways back; the newest of each."""
+    rows = []
+    for run in runs:
+        for event in run.events[-MOST_EVENTS:]:
+            facts = [str(event.get(key, "")) for key in ("step", "event", "reason")]
+            rows.append(tag("tr", tag("td", swatch(run), run.name), *(tag("td", fact) for fact in facts)))
+    if not rows:
+        return Markup("")
+    head = tag("tr", *(tag("th", name, scope="col") for name in ("Run", "Step", "Event", "Reason")))
+    more = [f"{run.name}: the newest {MOST_EVENTS} of {len(run.events)}" for run in runs if len(run.events) > MOST_EVENTS]
+    notes = tag("p", "; ".join(more), class_="muted") if more else ""
+    return join([tag("div", tag("table", tag("thead", head), tag("tbody", *rows), class_="plain"), class_="scroll"), notes])
 
 
 def environment(runs: Sequence[Run]) -> Markup:

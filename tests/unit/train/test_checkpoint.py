@@ -61,6 +61,19 @@ def test_a_checkpoint_without_its_marker_does_not_count(saved):
     assert not (folder / "step-00000004").exists()
 
 
+def test_a_checkpoint_can_be_had_from_before_a_step_and_with_another_data_position(saved, workers):
+    folder, _ = saved
+    checkpoints = Checkpoints(folder, workers)
+    assert checkpoints.newest(quiet, last=1) is None
+    found = checkpoints.newest(quiet, last=3)
+    assert found.step == 2
+    checkpoints.go_back(found, {"samples": 4444})
+    assert store.listed(folder) == [found.path]
+    again = checkpoints.newest(quiet)
+    assert again.state == {**found.state, "samples": 4444}
+    assert store.problems(found.path) == []
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_a_damaged_checkpoint_falls_back_with_a_word(saved, damage):
     folder, _ = saved

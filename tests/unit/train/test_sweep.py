@@ -17,7 +17,8 @@ from tokar.conf.compose import compose
 from tokar.train.folder import run_folder
 folder = run_folder(compose("classifier", sys.argv[1:]))
 folder.mkdir(parents=True)
-(folder / "metrics.jsonl").write_text('{"step": 1, "val/loss": 3.0}\\\\n{"step": 2, "val/loss": 2.0}\\\\n{"step": 3}\\\\n')
+lines = ['{"step": 1, "val/loss": 3.0}', '{"step": 2, "val/loss": 2.0}', '{"step": 3}', '{"step": 3, "event": "skip"}']
+(folder / "metrics.jsonl").write_text("\\\\n".join(lines))
 sys.exit(BAD if "optim.lr=0.002" in sys.argv else 0)
 """
 
@@ -101,7 +102,7 @@ def test_objective_is_the_last_value_of_the_metric(fake, monkeypatch):
         returned.append(value) if name == "return_value" else None, object.__setattr__(self, name, value)))  # fmt: skip
     assert module.sweep("classifier", [RECIPE, "seed=1,2"], objective="val/loss") == 0
     assert returned == [2.0, 2.0]
-    with pytest.raises(UserError, match="no metric 'val/los'"):
+    with pytest.raises(UserError, match=r"no metric 'val/los'; choose one of: val/loss$"):
         module.sweep("classifier", [RECIPE, "seed=3,4"], objective="val/los")
 
 

@@ -198,6 +198,22 @@ def test_differing_configs_are_set_side_by_side(tmp_path):
 # ---- the page ----
 
 
+def test_events_are_a_table_and_no_curve(tmp_path):
+    folder = make(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step in range(31, 31 + tables.MOST_EVENTS + 2):
+            file.write(json.dumps({"step": step, "samples": 9, "event": "skip", "reason": "the loss is <nan>", "to": 3}) + "\n")
+    run = read_run(folder)
+    assert (run.last_step, len(run.events)) == (30, tables.MOST_EVENTS + 2)
+    html = write_report([folder], tmp_path / "report.html").read_text()
+    assert "<td>skip</td><td>the loss is &lt;nan&gt;</td>" in html
+    assert "<td>32</td>" not in html
+    assert "<td>33</td>" in html
+    assert "the newest 50 of 52" in html
+    assert {chart["key"] for chart in data_of(html)["charts"]} == {"loss", "optim/lr"}
+    assert ">Events</h2>" not in write_report([make(tmp_path / "calm")], tmp_path / "calm.html").read_text()
+
+
 def test_text_from_outside_is_never_markup(tmp_path):
     evil = "</script><script>alert(1)</script>"
     folder = make(tmp_path / "run", extra=f'name: "{evil}"')
