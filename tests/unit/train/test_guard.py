@@ -1,5 +1,6 @@
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,6 +8,8 @@ from tokar.conf.spine import Guard as GuardConfig
 from tokar.train.clock import Clock
 from tokar.train.guard import FLOOR, HORIZON, Guard
 from tokar.train.network import Update
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 NAN = float("nan")
 
@@ -116,6 +119,16 @@ def test_ways_back_count_until_a_good_step_beyond_the_place(make_guard):
     advance(guard, [1.0], start=7)
     everything(guard)
     assert not guard.gives_up
+
+
+def test_deciding_reads_no_value_from_the_device(workers):
+    with FakeTensorMode():  # tensors without values: whatever asks for one fails
+        guard = Guard(GuardConfig(spike=3.0), {"net": SimpleNamespace(module=nn.BatchNorm1d(4))}, workers)
+        for step in (1, 2):
+            guard.begin()
+            veto = guard.judge(torch.ones(()), stop=True)
+            bad = guard.conclude(at(step), {"net": Update(torch.ones(()), veto.float())})
+            assert isinstance(bad, FakeTensor)
 
 
 def test_late_verdicts_are_read_two_steps_later_and_all_at_once_when_something_is_up(make_guard):
