@@ -101,7 +101,7 @@ class Guard:
 
     Args:
         config: what is bad, and how much of it is too much.
-        networks: that are trained; buffers they keep (statistics, moving codebooks) are put back when they are skipped.
+        networks: that are trained; what their forwards change (statistics, moving codebooks) is put back when they are skipped.
         workers: whose losses are summed.
         delay: steps until a verdict is read; `None`: 0 on a CPU, `DELAY` on a GPU.
     """
@@ -114,13 +114,13 @@ class Guard:
         self.state = torch.zeros(4, dtype=torch.float64, device=workers.device)
         """Good steps so far, mean and variance of their loss, bad steps in a row."""
         self.rollbacks, self.place = 0, 0
-        self._buffers = {name: _kept_buffers(network.module) for name, network in networks.items()}
+        self._places = {name: _moving(network.module) for name, network in networks.items()}
         self._before: dict[str, list[Tensor]] = {}
         self._unread: deque[_Unread] = deque()
 
     def begin(self) -> None:
-        """Remember the networks' buffers, before a step's first forward."""
-        self._before = {name: [buffer.clone() for buffer in _values(places)] for name, places in self._buffers.items()}
+        """Remember what forwards change, before a step's first one."""
+        self._before = {name: [value.clone() for value in _values(places)] for name, places in self._places.items()}
 
     @torch.no_grad()
     def judge(self, loss: Tensor, *, stop: bool) -> Tensor:
@@ -149,9 +149,9 @@ class Guard:
         """
         skipped = {name: self._veto | result.skipped.bool() for name, result in results.items() if result is not None}
         for name, flag in skipped.items():
-            for buffer, before in zip(_values(self._buffers[name]), self._before[name], strict=True):
-                buffer.copy_(torch.where(flag, before, buffer))
-        flags = torch.stack([skipped.get(name, torch.zeros_like(self._veto)) for name in self._buffers])
+            for value, before in zip(_values(self._places[name]), self._before[name], strict=True):
+                value.copy_(torch.where(flag, before, value))
+        flags = torch.stack([skipped.get(name, torch.zeros_like(self._veto)) for name in self._places])
         bad = self._veto | flags.any()
         good, mean, variance, row = self.state.unbind()
         rate = (1 / (good + 1)).clamp(min=1 / HORIZON)
@@ -194,7 +194,7 @@ class Guard:
         if letter.arrived is not None:
             letter.arrived.synchronize()
         loss, stop, mean, spread, spike, row, *flags = letter.values.tolist()
-        skipped = tuple(name for name, flag in zip(self._buffers, flags, strict=True) if flag)
+        skipped = tuple(name for name, flag in zip(self._places, flags, strict=True) if flag)
         return Verdict(letter.clock, loss, mean, spread, bool(spike), int(row), bool(stop), skipped)
 
     @property
@@ -219,15 +219,16 @@ class Guard:
             self.rollbacks, self.place = facts["rollbacks"], facts["place"]
 
 
-def _kept_buffers(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Where the buffers lie that a checkpoint holds; the others are constants."""
-    return [
-        (part, name)
-        for part in module.modules()
-        for name, buffer in part._buffers.items()
-        if buffer is not None and name not in part._non_persistent_buffers_set
-    ]
+def _moving(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where lies what a forward may change: buffers that a checkpoint holds (the others are constants), moved parameters."""
+    found = []
+    for part in module.modules():
+        buffers = [name for name, value in part._buffers.items() if value is not None]
+        found += [(part, name) for name in buffers if name not in part._non_persistent_buffers_set]
+        found += [(part, name) for name in getattr(part, "moving", ()) if name in part._parameters]
+    return found
 
 
 def _values(places: list[tuple[nn.Module, str]]) -> list[Tensor]:
-    return [getattr(part, name) for part, name in places]
+    values = [getattr(part, name).detach() for part, name in places]
+    return [value.to_local() if hasattr(value, "to_local") else value for value in values]  # this rank's rows under FSDP2

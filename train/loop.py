@@ -136,7 +136,7 @@ class Fit:
         self.metrics.write(clock, {"event": event, "reason": reason, **more})
         said = {"skip": "the update is left out", "rollback": f"back to step {more.get('to')}, with the data that follow"}
         if event in said:
-            self.progress.say(f"{self.folder}: step {clock.step}: {reason}; {said[event]}")
+            self.progress.say(f"warning: {self.folder}: step {clock.step}: {reason}; {said[event]}")
 
     def _go_back(self, trip: Verdict) -> None:
         """Go on from the last checkpoint before a row of bad steps, with the data behind them.

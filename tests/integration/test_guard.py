@@ -107,7 +107,7 @@ def test_bad_batches_are_left_behind_also_when_ranks_are_killed_meanwhile(digits
     weights = [line.split()[1] for line in ranks[0]]
     assert weights[11] == weights[12] == weights[13]  # before the steps with poisoned batches
     assert weights[14] == weights[10]  # back
-    assert weights[20] == weights[21] != weights[22]  # the spike
+    assert weights[20] == weights[21] != weights[22]  # the spike, into which the codebook had been moved
 
     moments = random.Random(0)
     command = Pair(killed, FAULTS, *arguments)

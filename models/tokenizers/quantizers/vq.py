@@ -103,6 +103,8 @@ class VectorQuantizer(NearestQuantizer):
 
     codebook: Tensor
     steps_unused: Tensor
+    moving = ("codebook",)
+    """Parameters that a forward may change: put back when a step is left out, as buffers are."""
 
     def __init__(
         self,

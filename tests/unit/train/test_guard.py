@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tokar.conf.spine import Guard as GuardConfig
+from tokar.models.tokenizers.quantizers.vq import VectorQuantizer
 from tokar.train.clock import Clock
 from tokar.train.guard import FLOOR, HORIZON, Guard
 from tokar.train.network import Update
@@ -119,6 +120,19 @@ def test_ways_back_count_until_a_good_step_beyond_the_place(make_guard):
     advance(guard, [1.0], start=7)
     everything(guard)
     assert not guard.gives_up
+
+
+@pytest.mark.parametrize("loss", [1.0, NAN])
+def test_a_codebook_that_a_forward_moved_is_put_back_when_the_step_is_left_out(workers, loss):
+    quantizer = VectorQuantizer(16, 4, restart_after=1)
+    quantizer.steps_unused.fill_(1)
+    guard = Guard(GuardConfig(), {"net": SimpleNamespace(module=quantizer)}, workers)
+    before = quantizer.codebook.detach().clone()
+    guard.begin()
+    quantizer(torch.randn(2, 4, 3, 3))
+    assert not torch.equal(quantizer.codebook, before)
+    guard.conclude(at(1), {"net": Update(torch.tensor(1.0), guard.judge(torch.tensor(loss), stop=False))})
+    assert torch.equal(quantizer.codebook, before) == math.isnan(loss)
 
 
 def test_deciding_reads_no_value_from_the_device(workers):
