@@ -60,7 +60,7 @@ class Pair:
     def kill(self, rank, when, moments):
         """SIGKILL a rank some time after `when` holds; true when both are gone soon after."""
         until(lambda: when() or self.process.poll() is not None)
-        time.sleep(moments.uniform(0, 0.3))
+        time.sleep(moments.uniform(0, 0.05))
         both = self.process.pid, self.other()
         os.kill(both[rank], 9)
         until(lambda: self.process.poll() is not None and not lives(both[1]))
