@@ -26,7 +26,7 @@ TRAINING = ("tokenizer", "generator", "classifier")
 
 NEUTRAL = (
     "name", "paths", "logger", "loop.log_every", "loop.keep", "loop.keep_every", "loop.save_async", "loop.accumulate",
-    "data.source", "data.path", "data.workers", "data.decoder", "data.prepare_size", "resume_from",
+    "data.source", "data.path", "data.workers", "data.decoder", "data.prepare_size", "profile", "resume_from",
     *(f"strategy.{key}" for key in ("name", "devices", "nodes", "accelerator", "recompute", "channels_last", "offload",
                                     "reshard", "persistent", "bucket_mib", "backend", "timeout", "threads")),
 )  # fmt: skip

@@ -19,13 +19,14 @@ from ..errors import UserError
 from ..evaluate.images import save_grid
 from .checkpoint import Checkpoints
 from .clock import Clock
-from .logging import Meters, MetricsFile, Progress, Stopwatch, Wandb, memory
+from .logging import Meters, MetricsFile, Progress, Wandb
 from .network import Network
 from .randomness import seed_step
 from .schedule import factor, weight_decay
 from .signals import StopFlag, Stopped
 from .stage import Batch, Stage
 from .strategy import Workers
+from .telemetry import Telemetry, note
 
 COLLAPSED, SETTLED = 0.02, 100
 """A codebook is called collapsed when, from step `SETTLED` on, the tokens between two logs use less than this share of it,
@@ -54,6 +55,7 @@ class Fit:
     timing: MetricsFile
     wandb: Wandb
     progress: Progress
+    telemetry: Telemetry
     stop: StopFlag
     meters: Meters = field(default_factory=Meters)
     told: set[str] = field(default_factory=set)
@@ -64,16 +66,16 @@ class Fit:
         Raises:
             Stopped: a signal asked for it; the checkpoint is written.
         """
-        watch = Stopwatch()
+        self.telemetry.attach(self.networks, self.clock)
         batches = self.train.batches(self.clock.samples)
         while not self.clock.finished:
-            asked = time.perf_counter()
+            asked = self.telemetry.begin()
             micro_batches = [self._to_device(batch) for batch in next(batches)]
             waited = time.perf_counter() - asked
             self._step(micro_batches)
             self.clock = self.clock.advanced()
-            watch.step(self.clock.batch_size, waited)
-            self._boundary(watch)
+            self.telemetry.step(self.clock, waited)
+            self._boundary()
         self.checkpoints.wait()
 
     def _step(self, micro_batches: list[Batch]) -> None:
@@ -84,6 +86,7 @@ class Fit:
             weight = count * self.workers.world / self.clock.batch_size  # ranks average, so this makes one mean over the batch
             with self.workers.micro_batch(self.networks, weight, last=number == len(micro_batches)):
                 metrics = self.stage.step(batch, self.clock, self.networks)
+            self.telemetry.micro_batch(batch, metrics, self.clock)
             self.meters.add({f"train/{name}": value for name, value in metrics.items()}, count)
         for name, network in self.networks.items():
             update = network.step(lr_factor, weight_decay(network.trainable.optim, self.clock))
@@ -94,36 +97,36 @@ class Fit:
                 network.ema.update(self.clock.step + 1)
         self.meters.add({"optim/lr_factor": torch.tensor(lr_factor)}, 1)
 
-    def _boundary(self, watch: Stopwatch) -> None:
+    def _boundary(self) -> None:
         """What may happen between two steps, in this order."""
         loop, clock = self.loop, self.clock
-        note = ""
+        said = ""
         if clock.step % loop.log_every == 0 or clock.finished:
-            note = self._log(watch)
-        if clock.due(loop.eval_every) or clock.finished:
-            note = self._evaluate() or note
-        if clock.due(loop.sample_every) or clock.finished:
-            self._draw()
-        self.progress.update(clock, note)
-        self.checkpoints.check()
-        stopping = self.workers.any(self.stop.signal is not None)
-        if clock.due(loop.save_every) or clock.finished or stopping:
-            self._save()
+            said = self._log()
+        with self.telemetry.outside():
+            if clock.due(loop.eval_every) or clock.finished:
+                said = self._evaluate() or said
+            if clock.due(loop.sample_every) or clock.finished:
+                self._draw()
+            self.progress.update(clock, said)
+            self.checkpoints.check()
+            stopping = self.workers.any(self.stop.signal is not None)
+            if clock.due(loop.save_every) or clock.finished or stopping:
+                self._save()
         if stopping and not clock.finished:
             self.checkpoints.wait()
             self.workers.barrier()
             raise Stopped(self.stop.signal or 15, clock.step)
 
-    def _log(self, watch: Stopwatch) -> str:
+    def _log(self) -> str:
         values = self.meters.read(self.workers.sum)
         self._check(values)
-        speed = watch.read()
+        speed = self.telemetry.read()
         self.metrics.write(self.clock, values)
-        self.timing.write(self.clock, {**speed, **memory(self.workers.device)})
+        self.timing.write(self.clock, speed)
         self.wandb.write(self.clock, {**values, **speed})
         shown = {name.removeprefix("train/"): value for name, value in values.items() if name in ("train/loss", "train/usage")}
-        parts = [f"{name} {value:.4f}" for name, value in shown.items()] + [f"{speed['images_per_s']:.0f} images/s"]
-        return "  ".join(parts)
+        return "  ".join([*(f"{name} {value:.4f}" for name, value in shown.items()), note(speed)])
 
     def _check(self, values: dict[str, float]) -> None:
         """A loss that is no number ends the run; a codebook that hardly any code of is used is told.

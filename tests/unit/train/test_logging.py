@@ -1,10 +1,9 @@
 import json
-import os
 
 import pytest
 import torch
 from tokar.train.clock import Clock
-from tokar.train.logging import Meters, MetricsFile, forget_peak, memory
+from tokar.train.logging import Meters, MetricsFile
 
 
 def at(step: int) -> Clock:
@@ -54,13 +53,3 @@ def test_lines_that_are_no_records_are_left_out(tmp_path):
     path.write_text('{"step": 1}\n{"step": 2, "sam\n3\n{"samples": 8}\n{"step": 2}\n{"step": 3}\n')
     MetricsFile(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-
-
-def test_peak_memory_can_begin_anew():
-    if not os.access("/proc/self/clear_refs", os.W_OK):
-        pytest.skip("this system does not forget a peak")
-    cpu = torch.device("cpu")
-    torch.ones(2**26)  # 256 MiB, gone at once
-    before = memory(cpu)["memory_mib"]
-    forget_peak(cpu)
-    assert 0 < memory(cpu)["memory_mib"] < before - 100
