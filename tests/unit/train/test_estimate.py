@@ -6,7 +6,14 @@ import pytest
 from tokar.errors import UserError
 from tokar.train.estimate import estimate
 
-SMALL = ["generator=llamagen_small", "codes.path=x", "loop.duration=10", "codes_of=llamagen_vq16", "data.image_size=256"]
+SMALL = [
+    "generator=llamagen_small",
+    "generator.layers=2",
+    "codes.path=x",
+    "loop.duration=10",
+    "codes_of=llamagen_vq16",
+    "data.image_size=256",
+]
 
 
 def rows(*overrides):
