@@ -27,6 +27,7 @@ TRAINING = ("tokenizer", "generator", "classifier")
 NEUTRAL = (
     "name", "paths", "logger", "loop.log_every", "loop.keep", "loop.keep_every", "loop.save_async", "loop.accumulate",
     "data.source", "data.path", "data.workers", "data.decoder", "data.prepare_size", "resume_from", "guard.hang_after",
+    "profile",
     *(f"strategy.{key}" for key in ("name", "devices", "nodes", "accelerator", "recompute", "channels_last", "offload",
                                     "reshard", "persistent", "bucket_mib", "backend", "timeout", "threads")),
 )  # fmt: skip

@@ -21,6 +21,9 @@ def conflicts(config: Any) -> Iterator[str]:
         yield from _batch_conflicts(loop, strategy)
     if strategy is not None:
         yield from _strategy_conflicts(strategy)
+    profile = getattr(config, "profile", None)
+    if profile is not None and profile.every is not None and profile.every < profile.steps:
+        yield f"profile.every: a window of {profile.steps} steps is not over by then; raise it to {profile.steps} or more"
 
 
 def _loss_conflicts(losses: Any, discriminator: Any) -> Iterator[str]:

@@ -156,6 +156,21 @@ class Bench(TokenizerParts):
     out: Text = Field(description="JSON file")
 
 
+class Estimate(Node):
+    """`tokar estimate`: the machine and the data that a training is planned for."""
+
+    stage: Literal["estimate"]
+    device: Text = Field(description="a GPU by name: b200, h200, h100, h100 pcie, a100, a100 40gb, l40s, l4, a10, v100, t4")
+    memory_gib: PositiveFloat | None = Field(None, description="of a device; null: as the table of GPUs says")
+    tflops: PositiveFloat | None = Field(None, description="TFLOP/s of products at best; null: as the table says")
+    mfu: Annotated[float, Field(gt=0, le=1)] = Field(description="share of the peak that the networks reach")
+    link_gbs: PositiveFloat | None = Field(None, description="GB/s that a GPU sends within its node; null: as the table says")
+    network_gbs: PositiveFloat = Field(description="GB/s that a GPU sends to other nodes")
+    fill: Annotated[float, Field(gt=0, le=1)] = Field(description="share of the memory that tensors may take")
+    codes_of: Text | None = Field(None, description="experiment of the tokenizer; null: named by codes.tokenizer")
+    num_classes: PositiveInt = Field(description="of the data")
+
+
 SCHEMAS: dict[str, type[Node]] = {
     "tokenizer": TokenizerRun,
     "generator": GeneratorRun,
@@ -165,6 +180,7 @@ SCHEMAS: dict[str, type[Node]] = {
     "sample": Sample,
     "evaluate": Evaluate,
     "bench": Bench,
+    "estimate": Estimate,
 }
 FILLED: dict[str, frozenset[str]] = {
     "tokenizer": frozenset(),

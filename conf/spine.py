@@ -149,6 +149,16 @@ class Strategy(Node):
     threads: NonNegativeInt = Field(0, description="CPU threads per process; 0 leaves torch's choice")
 
 
+class Profile(Node):
+    """Windows of steps under torch's profiler; traces and tables go to the run's folder profile/."""
+
+    start: NonNegativeInt = Field(10, description="steps before the first window")
+    steps: NonNegativeInt = Field(0, description="length of a window; 0: none, and no share of communication in timing.jsonl")
+    every: PositiveInt | None = Field(None, description="steps from one window's start to the next; null: only one window")
+    memory: bool = Field(False, description="allocations and shapes too")
+    ranks: PositiveInt = Field(1, description="the first so many ranks write theirs")
+
+
 class Wandb(Node):
     """Weights & Biases, an addition to metrics.jsonl."""
 
@@ -181,5 +191,6 @@ class Spine(Node):
     guard: Guard
     strategy: Strategy
     logger: Logger
+    profile: Profile
     resume_from: Text | None = Field(None, description="run or checkpoint to go on from when this run has none of its own")
     init_from: Text | None = Field(None, description="run, checkpoint or exported model whose weights to start from")

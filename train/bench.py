@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..conf.compose import compose
 from ..conf.schema import Bench
+from ..conf.spine import Ema
 from ..data.bench import loader_speed
 from ..data.files import check_place
 from ..errors import UserError, nearest
@@ -31,33 +35,46 @@ from ..models.tokenizers.multiscale import MultiScaleVQ
 from ..models.tokenizers.multiscale_quantizer import MultiScaleQuantizer
 from .bench_quantizer import bench_quantizer
 from .clock import Clock
+from .cost import modules_of, step_cost
 from .folder import code_state
-from .logging import forget_peak, memory
+from .footprint import fixed_bytes, footprint, size_of
 from .network import Network, Trainable
+from .peaks import peak_flops
+from .profiler import most_held
 from .randomness import seed_step
+from .stage import Batch, Networks
 from .stages import check_image_size, fill, sizes_of
 from .strategy import Workers
+from .telemetry import forget_peak, memory
 from .tokenizer import TokenizerStage
 
 Row = dict[str, float]
+STRATEGIES = ("single", "ddp", "fsdp", "zero1", "zero2", "zero3")
 VAR_SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
 
 def bench(whats: Sequence[str], overrides: Sequence[str]) -> int:
     """Measure `whats` (all when none is named), print a table and write JSON with commit, versions and device."""
     config: Bench = compose("bench", overrides).typed
-    unknown = [what for what in whats if what not in BENCHES]
+    names = [*BENCHES, "strategies"]
+    unknown = [what for what in whats if what not in names]
     if unknown:
-        raise UserError("nothing of that name to measure", where=unknown[0], fix=nearest(unknown[0], BENCHES))
-    workers = Workers(config.strategy)
+        raise UserError("nothing of that name to measure", where=unknown[0], fix=nearest(unknown[0], names))
     path = Path(config.out)
     check_place(path.parent)
     rows: dict[str, Row] = {}
-    for what in whats or BENCHES:
+    if "strategies" in whats:
+        rows |= bench_strategies(config, overrides)
+    workers = Workers(config.strategy)
+    workers.launch()
+    for what in [what for what in whats if what in BENCHES] if whats else BENCHES:
         forget_peak(workers.device)
         measured = BENCHES[what](config, workers)
         rows[what] = {**measured, **memory(workers.device)}
-        say(table(what, rows[what]))
+        if workers.rank == 0:
+            say(table(what, rows[what]))
+    if workers.rank != 0:
+        return 0
     commit, _ = code_state()
     facts = {
         "device": _device_name(workers.device),
@@ -90,21 +107,84 @@ def bench_tokenizer(config: Bench, workers: Workers) -> Row:
     return {"step_ms": 1000 / rate, "steps_per_s": rate, "images_per_s": rate * config.batch_size}
 
 
+class GeneratorSteps:
+    """What trains a generator on random codes, as a stage does."""
+
+    def __init__(self, config: Bench, generator: Generator) -> None:
+        self.trainables = {"generator": Trainable(generator, config.generator, config.optim)}
+        self.frozen: list[nn.Module] = []
+
+    def step(self, batch: Batch, clock: Clock, networks: Networks) -> dict[str, Tensor]:
+        """See `Steps.step`."""
+        losses: dict[str, Tensor] = networks["generator"](batch["codes"], batch["label"])
+        networks["generator"].backward(losses["loss"])
+        return losses
+
+
 def bench_generator(config: Bench, workers: Workers) -> Row:
-    """Training steps of the generator on random codes."""
-    generator = _generator(config, workers)
-    networks = workers.wrap({"generator": Trainable(generator, config.generator, config.optim)}, None)
+    """Training steps of the generator on random codes, under the strategy; `batch_size` is that of a rank.
+
+    `held_mib` is the most that torch's allocator held from the building of the network to the second step; `paper_mib` is what
+    `tokar estimate` says of it.
+    """
+    device, strategy = workers.device, config.strategy
     tokens = math.prod(config.grid)
-    codes = torch.randint(generator.vocab_size, (config.batch_size, tokens), device=workers.device)
-    labels = torch.randint(config.num_classes, (config.batch_size,), device=workers.device)
+    paper = GeneratorSteps(config, _generator(config, workers))
+    shapes = {"codes": ((config.batch_size, tokens), torch.int64), "label": ((config.batch_size,), torch.int64)}
+    vocabulary = _layout(config).vocab_size
+    cost = step_cost(paper, strategy, shapes)
+    sizes = [size_of(item, averages=True) for item in paper.trainables.values()]
+    planned = footprint(strategy, workers.world, sizes, fixed_bytes(modules_of(paper)), cost)
+    del paper
+    clock = Clock(0, 0, 10**9, config.batch_size * workers.world, 10**6)
 
-    def step() -> None:
-        networks["generator"].backward(networks["generator"](codes, labels)["loss"])
-        networks["generator"].step(1.0)
+    def begin() -> Callable[[], None]:
+        stage = GeneratorSteps(config, _generator(config, workers))
+        networks = workers.wrap(stage.trainables, Ema())
+        batch = {"codes": torch.randint(vocabulary, shapes["codes"][0], device=device),
+                 "label": torch.randint(config.num_classes, shapes["label"][0], device=device)}  # fmt: skip
 
-    rate = _rate(step, config.seconds, workers.device)
-    samples = rate * config.batch_size
-    return {"steps_per_s": rate, "images_per_s": samples, "tokens_per_s": samples * tokens}
+        def step() -> None:
+            with workers.micro_batch(networks, 1.0, last=True):
+                stage.step(batch, clock, networks)
+            for network in networks.values():
+                network.step(1.0)
+                if network.ema is not None:
+                    network.ema.update(1)
+
+        step()
+        step()
+        return step
+
+    step, held = most_held(begin, device)
+    rate = _rate(step, config.seconds, device, workers)
+    samples = rate * config.batch_size * workers.world
+    row = {"step_ms": 1000 / rate, "steps_per_s": rate, "images_per_s": samples, "tokens_per_s": samples * tokens}
+    return {**row, "mfu": cost.flops * rate / peak_flops(device, strategy.precision), "held_mib": held / 2**20,
+            "paper_mib": planned.total / 2**20}  # fmt: skip
+
+
+def bench_strategies(config: Bench, overrides: Sequence[str]) -> dict[str, Row]:
+    """`bench generator` under every strategy, one process for each rank: `strategy.devices` of them, two when not given."""
+    kept = [
+        text for text in overrides if not text.startswith(("strategy=", "strategy.devices=", "strategy.channels_last=", "out="))
+    ]
+    ranks = max(2, config.strategy.devices)
+    rows: dict[str, Row] = {}
+    for name in STRATEGIES:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "row.json"
+            more = [f"strategy={name}", f"strategy.devices={1 if name == 'single' else ranks}", f"out={out}"]
+            ended = subprocess.run([sys.executable, "-m", "tokar.cli", "bench", "generator", *kept, *more],
+                                   capture_output=True, text=True, check=False)  # fmt: skip
+            if ended.returncode:
+                said = " ".join(ended.stderr.split())[-300:]
+                raise UserError(
+                    f"{name} failed: {said}", where="bench strategies", fix=f"tokar bench generator strategy={name}"
+                )
+            rows[name] = json.loads(out.read_text())["rows"]["generator"]
+        say(table(name, rows[name]))
+    return rows
 
 
 def bench_sampler(config: Bench, workers: Workers) -> Row:
@@ -209,12 +289,24 @@ def _train_step(step: Callable[..., Any], batch: dict[str, Tensor], clock: Clock
         network.step(1.0)
 
 
-def _rate(action: Callable[[], None], seconds: float, device: torch.device) -> float:
-    """Calls per second: the median of those made in `seconds`, at least three, after one to warm up."""
+def _rate(action: Callable[[], None], seconds: float, device: torch.device, workers: Workers | None = None) -> float:
+    """Calls per second: the median of those made in `seconds`, at least three, after one to warm up.
+
+    Args:
+        action: what is called.
+        seconds: to measure.
+        device: of its work.
+        workers: ranks that call it together, and so must agree when to end; `None`: it is called by itself.
+    """
     action()
     times: list[float] = []
     begun = time.perf_counter()
-    while len(times) < 3 or time.perf_counter() - begun < seconds:
+
+    def over() -> bool:
+        late = time.perf_counter() - begun >= seconds
+        return late if workers is None else workers.any(late)
+
+    while len(times) < 3 or not over():
         start = time.perf_counter()
         action()
         if device.type == "cuda":

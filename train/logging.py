@@ -6,11 +6,8 @@ the very same bytes as one that was never stopped; what depends on the machine (
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import re
-import resource
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -156,47 +153,6 @@ class Wandb:
         """Close the run."""
         if self._run is not None:
             self._run.finish()
-
-
-class Stopwatch:
-    """Seconds of the steps since the last log, and how many of them went into waiting for data."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-        self.waited, self.steps, self.samples = 0.0, 0, 0
-
-    def step(self, samples: int, waited: float) -> None:
-        """Count one step."""
-        self.steps, self.samples, self.waited = self.steps + 1, self.samples + samples, self.waited + waited
-
-    def read(self) -> dict[str, float]:
-        """Speeds since the last reading; restarts the watch."""
-        elapsed = time.perf_counter() - self.start
-        values = {
-            "images_per_s": self.samples / elapsed,
-            "step_ms": 1000 * elapsed / max(1, self.steps),
-            "data_wait": self.waited / elapsed,
-        }
-        self.__init__()  # type: ignore[misc]
-        return values
-
-
-def forget_peak(device: torch.device) -> None:
-    """Let `memory` begin anew from what is in use now; where the system cannot, it goes on from the process's start."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def memory(device: torch.device) -> dict[str, float]:
-    """Peak memory in MiB: of the GPU, or of the process."""
-    if device.type == "cuda":
-        return {"memory_mib": torch.cuda.max_memory_allocated(device) / 2**20}
-    status = Path("/proc/self/status")
-    if status.exists() and (peak := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
-        return {"memory_mib": int(peak[1]) / 1024}
-    return {"memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 
 class Progress:

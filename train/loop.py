@@ -19,13 +19,14 @@ from . import checkpoint
 from .checkpoint import Checkpoints
 from .clock import Clock
 from .guard import Diverged, Guard, Verdict
-from .logging import Meters, MetricsFile, Progress, Stopwatch, Wandb, memory
+from .logging import Meters, MetricsFile, Progress, Wandb
 from .network import Network
 from .randomness import seed_step
 from .schedule import factor, weight_decay
 from .signals import StopFlag, Stopped
 from .stage import Batch, Stage
 from .strategy import Workers
+from .telemetry import Telemetry, note
 
 COLLAPSED, SETTLED = 0.02, 100
 """A codebook is called collapsed when, from step `SETTLED` on, the tokens between two logs use less than this share of it,
@@ -54,6 +55,7 @@ class Fit:
     timing: MetricsFile
     wandb: Wandb
     progress: Progress
+    telemetry: Telemetry
     stop: StopFlag
     guard: Guard
     meters: Meters = field(default_factory=Meters)
@@ -69,16 +71,16 @@ class Fit:
             Diverged: steps went wrong that the guard could not get past.
         """
         self.workers.watch.expect_steps(self.folder, self.guard.config.hang_after)
-        watch = Stopwatch()
+        self.telemetry.attach(self.networks, self.clock)
         batches = self.train.batches(self.clock.samples)
         while not self.clock.finished:
-            asked = time.perf_counter()
+            asked = self.telemetry.begin()
             micro_batches = [self._to_device(batch) for batch in next(batches)]
             waited = time.perf_counter() - asked
             self._step(micro_batches)
             self.clock = self.clock.advanced()
-            watch.step(self.clock.batch_size, waited)
-            self._boundary(watch)
+            self.telemetry.step(self.clock, waited)
+            self._boundary()
         self.checkpoints.wait()
 
     def _step(self, micro_batches: list[Batch]) -> None:
@@ -91,6 +93,7 @@ class Fit:
             weight = count * self.workers.world / self.clock.batch_size  # ranks average, so this makes one mean over the batch
             with self.workers.micro_batch(self.networks, weight, last=number == len(micro_batches)):
                 metrics = self.stage.step(batch, self.clock, self.networks)
+            self.telemetry.micro_batch(batch, metrics, self.clock)
             step.add({f"train/{name}": value for name, value in metrics.items()}, count)
         loss = step.sums["train/loss"][0] / self.clock.batch_size
         veto = self.guard.judge(loss, stop=self.stop.signal is not None)
@@ -105,7 +108,7 @@ class Fit:
         self.meters.add_step(step, bad=self.guard.conclude(self.clock.advanced(), updates))
         self.meters.add({"optim/lr_factor": torch.tensor(lr_factor)}, 1)
 
-    def _boundary(self, watch: Stopwatch) -> None:
+    def _boundary(self) -> None:
         """What may happen between two steps, in this order."""
         loop, clock = self.loop, self.clock
         evaluating, drawing = (clock.due(every) or clock.finished for every in (loop.eval_every, loop.sample_every))
@@ -118,14 +121,15 @@ class Fit:
         if found.trip is not None:
             self._go_back(found.trip)
         else:
-            note = self._log(watch) if clock.step % loop.log_every == 0 or clock.finished else ""
-            if evaluating:
-                note = self._evaluate() or note
-            if drawing:
-                self._draw()
-            self.progress.update(clock, note)
-            if found.stop or clock.finished or (self.unsaved and not found.bad_at(clock)):
-                self._save()
+            said = self._log() if clock.step % loop.log_every == 0 or clock.finished else ""
+            with self.telemetry.outside():
+                if evaluating:
+                    said = self._evaluate() or said
+                if drawing:
+                    self._draw()
+                self.progress.update(clock, said)
+                if found.stop or clock.finished or (self.unsaved and not found.bad_at(clock)):
+                    self._save()
         if found.stop and not self.clock.finished:
             self.checkpoints.wait()
             self.workers.barrier()
@@ -162,16 +166,15 @@ class Fit:
         self.checkpoints.go_back(saved, {"samples": self.clock.samples, "guard": self.guard.facts()})
         self.clock, self.unsaved = replace(self.clock, step=saved.step), False
 
-    def _log(self, watch: Stopwatch) -> str:
+    def _log(self) -> str:
         values = self.meters.read(self.workers.sum)
         self._warn_of_collapse(values)
-        speed = watch.read()
+        speed = self.telemetry.read()
         self.metrics.write(self.clock, values)
-        self.timing.write(self.clock, {**speed, **memory(self.workers.device)})
+        self.timing.write(self.clock, speed)
         self.wandb.write(self.clock, {**values, **speed})
         shown = {name.removeprefix("train/"): value for name, value in values.items() if name in ("train/loss", "train/usage")}
-        parts = [f"{name} {value:.4f}" for name, value in shown.items()] + [f"{speed['images_per_s']:.0f} images/s"]
-        return "  ".join(parts)
+        return "  ".join([*(f"{name} {value:.4f}" for name, value in shown.items()), note(speed)])
 
     def _warn_of_collapse(self, values: dict[str, float]) -> None:
         """Tell of a codebook that hardly any code of is used."""

@@ -24,9 +24,11 @@ from .guard import Diverged, Guard
 from .logging import METRICS_NAME, TIMING_NAME, Meters, MetricsFile, Progress, Wandb
 from .loop import Fit
 from .network import Network
+from .profiler import Windows
 from .signals import StopFlag, Stopped
 from .stages import BUILDERS, Built
 from .strategy import Workers
+from .telemetry import Telemetry
 
 
 def train(stage: str, overrides: Sequence[str]) -> int:
@@ -52,10 +54,11 @@ def run(composed: Composed, workers: Workers, stop: StopFlag) -> int:
     path = run_folder(composed)
     folder = RunFolder(path, composed) if workers.rank == 0 else None
     workers.barrier()
+    telemetry = Telemetry(built.stage, workers, Windows(config.profile, path, workers.rank, workers.device))
     for module in built.stage.frozen:
         module.to(workers.device)
     networks = workers.wrap(built.stage.trainables, config.ema)
-    fit = _fit(composed, built, workers, networks, path, stop)
+    fit = _fit(composed, built, workers, networks, telemetry, path, stop)
     if fit.clock.finished:
         fit.progress.say(f"{path}: already finished at step {fit.clock.step}")
         return 0
@@ -76,7 +79,15 @@ def run(composed: Composed, workers: Workers, stop: StopFlag) -> int:
     return 0
 
 
-def _fit(composed: Composed, built: Built, workers: Workers, networks: dict[str, Network], path: Path, stop: StopFlag) -> Fit:
+def _fit(
+    composed: Composed,
+    built: Built,
+    workers: Workers,
+    networks: dict[str, Network],
+    telemetry: Telemetry,
+    path: Path,
+    stop: StopFlag,
+) -> Fit:
     config = composed.typed
     size = len(built.train.dataset)
     batch = config.loop.batch_size
@@ -103,7 +114,7 @@ def _fit(composed: Composed, built: Built, workers: Workers, networks: dict[str,
         checkpoints=checkpoints, facts={"config": composed.plain},
         metrics=MetricsFile(logs / METRICS_NAME, clock.samples), timing=MetricsFile(logs / TIMING_NAME, clock.samples),
         wandb=Wandb(config.logger.wandb, path, path.name, composed.plain) if main else Wandb.silent(),
-        progress=progress, stop=stop, guard=guard, meters=meters,
+        progress=progress, telemetry=telemetry, stop=stop, guard=guard, meters=meters,
     )  # fmt: skip
 
 

@@ -15,10 +15,10 @@ Batch = dict[str, Tensor]
 Networks = Mapping[str, Network]
 
 
-class Stage(Protocol):
-    """The losses of one kind of training. It knows nothing of devices, ranks or files.
+class Steps(Protocol):
+    """What is trained, and how a step of it goes.
 
-    `trainables` names the networks it trains, the main one first; `frozen` are modules it only uses.
+    `trainables` names the networks, the main one first; `frozen` are modules that are only used.
     Metrics are scalars, or vectors that count codes (see `logging.Meters`).
     """
 
@@ -28,6 +28,10 @@ class Stage(Protocol):
     def step(self, batch: Batch, clock: Clock, networks: Networks) -> dict[str, Tensor]:
         """Call `backward` on networks for one micro-batch and return metrics; the loop updates those that got a gradient."""
         ...
+
+
+class Stage(Steps, Protocol):
+    """The losses of one kind of training. It knows nothing of devices, ranks or files."""
 
     def evaluate(self, batch: Batch, networks: Networks) -> dict[str, Tensor]:
         """Metrics of one validation batch, as means over its samples; no gradient."""

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 SMALL = [
     "data.image_size=16", "tokenizer.encoder.width=32", "tokenizer.encoder.multipliers=[1,1]", "tokenizer.encoder.blocks=1",
     "tokenizer.decoder.blocks=1", "tokenizer.quantizer.codebook_size=64", "discriminator.width=8",
@@ -22,6 +24,7 @@ def test_a_bench_of_everything(start, digits, tmp_path):
     assert rows["sampler"]["ratio"] == rows["sampler"]["cached_images_per_s"] / rows["sampler"]["uncached_images_per_s"]
     assert rows["scales"]["ratio"] == rows["scales"]["next_scale_images_per_s"] / rows["scales"]["next_token_images_per_s"]
     assert (rows["scales"]["next_token_steps"], rows["scales"]["next_scale_steps"]) == (16, 4)
+    assert rows["generator"]["held_mib"] == pytest.approx(rows["generator"]["paper_mib"], rel=0.1)
     for row in rows.values():
         assert row["memory_mib"] > 0
         assert all(value > 0 for value in row.values())

@@ -214,3 +214,29 @@ def test_a_doubtful_combination_runs_or_says_why_not_in_one_line(generators, tmp
         assert len(lines) == 1, said
         assert DOUBTFUL[settings] in lines[0]
         assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_what_the_machine_did_is_logged(tokenizers):
+    window = ["profile.start=2", "profile.steps=2", "profile.ranks=2"]
+    run = tokenizers.run("profiled", 2, *STRATEGIES["ddp"], *window)
+    rows = [json.loads(line) for line in (run / "timing.jsonl").read_text().splitlines()]
+    logged = {row["step"]: row for row in rows if "step_ms" in row}
+    assert all(row["imbalance"] >= 1 and row["memory_max_mib"] >= row["memory_mib"] > 0 for row in logged.values())
+    assert [step for step, row in logged.items() if "communication" in row] == [4]
+    assert 0 <= logged[4]["communication_exposed"] <= logged[4]["communication"] < 1
+    assert logged[4]["communication"] > 0
+    kinds = {f"step-00000002-rank-{rank}.{kind}" for rank in (0, 1) for kind in ("json.gz", "txt")}
+    assert {file.name for file in (run / "profile").iterdir()} == kinds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_memory_is_as_planned_within_a_tenth(start_ranks, tmp_path, strategy):
+    sizes = ["generator.dim=256", "generator.layers=4", "generator.heads=4", "tokenizer.quantizer.codebook_size=1024"]
+    more = ["grid=[8,8]", "batch_size=2", "seconds=0.01", "strategy.accelerator=cpu", "strategy.threads=1", "out=bench.json"]
+    words = [*STRATEGIES[strategy], "strategy.bucket_mib=4", "strategy.devices=2", *sizes, *more]
+    ranks = start_ranks(tmp_path, 2, "bench", "generator", *words)
+    assert ranks.wait() == [0, 0], ranks.output
+    row = json.loads((tmp_path / "bench.json").read_text())["rows"]["generator"]
+    assert row["held_mib"] == pytest.approx(row["paper_mib"], rel=0.1)

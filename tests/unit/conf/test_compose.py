@@ -94,6 +94,11 @@ def test_each_mistake_has_one_line(override, line):
     assert problems("classifier", RECIPE, override) == [line]
 
 
+def test_windows_of_the_profiler_do_not_overlap():
+    line = "profile.every: a window of 5 steps is not over by then; raise it to 5 or more"
+    assert problems("classifier", RECIPE, "profile.steps=5", "profile.every=4") == [line]
+
+
 def test_a_component_cannot_be_left_out_or_be_a_number():
     lines = problems("tokenizer", "loop.duration=1", "tokenizer/quantizer=null", "tokenizer.decoder=3")
     fix = "choose an option of its group, or give a _target_"

@@ -1,11 +1,10 @@
 import json
-import os
 from dataclasses import replace
 
 import pytest
 import torch
 from tokar.train.clock import Clock
-from tokar.train.logging import Meters, MetricsFile, forget_peak, memory
+from tokar.train.logging import Meters, MetricsFile
 
 
 def at(step: int) -> Clock:
@@ -77,13 +76,3 @@ def test_steps_taken_before_a_way_back_stay_since_their_samples_lie_before(tmp_p
         log.write(clock, values)
     MetricsFile(log.path, back.samples)
     assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [10, 30]
-
-
-def test_peak_memory_can_begin_anew():
-    if not os.access("/proc/self/clear_refs", os.W_OK):
-        pytest.skip("this system does not forget a peak")
-    cpu = torch.device("cpu")
-    torch.ones(2**26)  # 256 MiB, gone at once
-    before = memory(cpu)["memory_mib"]
-    forget_peak(cpu)
-    assert 0 < memory(cpu)["memory_mib"] < before - 100
