@@ -26,7 +26,7 @@ TOKENIZERS = {
     **{name: "llamagen_vq16" for name in TEXTS if name.startswith("block") and "llamagen" in name},
     **{name: "gigatok_bl" for name in TEXTS if name.startswith("block") and "gigatok" in name},
     **{name: "flexvar_tokenizer" for name in TEXTS if name.startswith("flexvar_d")},
-    **{name: "cifar10_multiscale" for name in ("cifar10_llamagen", "cifar10_next_scale", "cifar10_block")},
+    **dict.fromkeys(("cifar10_llamagen", "cifar10_next_scale", "cifar10_block"), "cifar10_multiscale"),
 }  # fmt: skip
 """Whose codes each generator learns here."""
 CUT = {
