@@ -127,7 +127,7 @@ def _plan(
 ) -> Job:
     items = (source.item(i) for i in range(len(source)))
     facts = [(item.key, item.label, *(["caption"] if item.caption else [])) for item in items]
-    seen, duplicates = set[str](), set[int]()
+    seen, duplicates = set[Any](), set[int]()
     for i, (key, *_) in enumerate(facts):
         (duplicates.add(i) if key in seen else seen.add(key))
     settings = Settings(spec, len(source), digest_of([facts, source.classes]), size, crop, format, quality, shard_size)
