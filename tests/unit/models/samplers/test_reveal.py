@@ -83,6 +83,24 @@ def test_calls_are_counted(how: dict[str, object], calls: int) -> None:
     assert (tally.calls, tally.batches, tally.calls_per_image) == (2 * calls, 2, calls)
 
 
+@pytest.mark.parametrize(
+    ("guidance", "passes"),
+    [
+        (1.0, [(4, 1), (4, 8), (4, 8), (4, 16), (4, 8)]),  # rows and slots: class, block, block, clean with the next, block
+        (2.0, [(8, 1), (8, 8), (8, 8), (8, 16), (8, 8)]),  # both halves together, the clean pass too
+        ("step:2,start=0.4", [(4, 1), (4, 8), (4, 8), (4, 8), (4, 9), (8, 8), (8, 8)]),  # the other half joins for block two
+        ({"kind": "interval", "value": 2, "stop": 0.4}, [(8, 1), (8, 8), (8, 8), (4, 16), (4, 8)]),  # and leaves after one
+    ],
+    ids=str,
+)
+def test_rows_that_the_network_computes(guidance: object, passes: list[tuple[int, int]]) -> None:
+    generator, seen = GENERATORS[False], list[tuple[int, int]]()
+    hook = generator.transformer.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[:2])))
+    sample(generator, CONDITION[:4], seed=0, guidance=guidance, steps=2)
+    hook.remove()
+    assert seen == passes
+
+
 def test_calls_of_next_token() -> None:
     tally = Tally()
     generator = NextToken(VOCAB, CLASSES, grid=(4, 4), **SIZE)
