@@ -163,17 +163,20 @@ class BlockSteps(StepwiseGenerator):
     def refine(self, state: BlockState, unit: int, filled: Tensor, window: slice | None = None) -> Tensor:
         """Logits of a block, partly `filled`: noisy slots look at the cache and at each other, and leave no trace in it."""
         first, last = (0, filled.shape[1]) if window is None else (window.start, window.stop)
-        begin, whole = max(first - self.shift, 0), window is None
-        alone = self.shift and last == 1  # the clean slot before it tells all
-        if alone or not whole:
+        if window is not None:
             self._settle(state)
-        noisy = filled[:, :0] if alone else filled[:, begin:last].masked_fill(filled[:, begin:last] < 0, self.mask_id)
-        states = state.codes.new_zeros(0) if alone else self._step(state, noisy, begin, filled.shape[1], whole)
+        if self.shift and last == 1:  # the clean slot before it tells all
+            self._settle(state)
+            assert state.carry is not None
+            return self.head(state.carry[:, None])
+        begin = max(first - self.shift, 0)
+        noisy = filled[:, begin:last]
+        states = self._step(state, noisy.masked_fill(noisy < 0, self.mask_id), begin, filled.shape[1], window is None)
         if not self.shift:
             return self.head(states)
         assert state.carry is not None
-        parts = ([state.carry[:, None]] if first == 0 else []) + ([] if alone else [states[:, :-1]])
-        return self.head(torch.cat(parts, dim=1))
+        before = [state.carry[:, None]] if first == 0 else []
+        return self.head(torch.cat((*before, states[:, :-1]), dim=1))
 
     def _settle(self, state: BlockState) -> None:
         """Put the block that waits into the cache by a pass of its own."""
