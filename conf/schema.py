@@ -127,6 +127,7 @@ class Evaluate(Node):
     data: Data | None = None
     split: Text | None = Field(None, description="reference; null: validation for a tokenizer, training for samples")
     decode_with: Text | None = Field(None, description="tokenizer; null takes the one the generator was trained with")
+    text_encoder: Text | None = Field(None, description="of captions; null: where it lay when they were encoded")
     features: Features
     judge: Text | None = Field(None, description="classifier run that judges classes; null takes features.path of a classifier")
     count: PositiveInt | None = Field(None, description="images; null takes the whole reference split")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from .shards import ImageDataset
-from .tars import Member, scan, split_name
+from .tars import CAPTION_EXTENSION, Member, scan, split_name
 
 
 class Captions:
@@ -40,4 +40,4 @@ class Captions:
 @lru_cache(maxsize=2)  # images are read in order, so one tar after the other
 def _texts(tar: str) -> dict[str, Member]:
     members = ((split_name(member.name), member) for member in scan(Path(tar)))
-    return {key: member for (key, extension), member in members if extension == "txt"}
+    return {key: member for (key, extension), member in members if extension == CAPTION_EXTENSION}

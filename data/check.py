@@ -129,7 +129,7 @@ def _verify_shard(tar: Path, entry: dict[str, Any], classes: list[str], keys: di
         lines.append(f"{index_path(tar)}: the index does not describe its tar" + (" and is older than it" if older else ""))
     if len(fresh) != entry["count"]:
         lines.append(f"{tar}: {len(fresh)} images, the manifest says {entry['count']}")
-    if (fresh.label < 0).any():
+    if classes and (fresh.label < 0).any():
         lines.append(f"{tar}: {int((fresh.label < 0).sum())} samples without a label")
     for key in fresh.key.tolist():
         if keys.setdefault(key, tar.name) != tar.name:

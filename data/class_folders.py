@@ -11,13 +11,15 @@ from pathlib import Path
 from ..errors import UserError
 from .images import BadImageError
 from .items import Source, SourceItem
-from .tars import IMAGE_EXTENSIONS
+from .tars import CAPTION_EXTENSION, IMAGE_EXTENSIONS
 
 SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test", "eval"})
 
 
 class ClassFolders(Source):
-    """Files named `{class}/…` or `{split}/{class}/…`.
+    """Files named `{class}/…` or `{split}/{class}/…`; a `.txt` beside an image of the same name is its caption.
+
+    Where every image has a caption and there are no folders, there are no classes.
 
     Args:
         names: all files, relative, with forward slashes.
@@ -33,14 +35,17 @@ class ClassFolders(Source):
         depth = 1 if splits else 0
         # over all splits, so that a class missing from one split does not shift the labels
         found = {parts[depth] for parts in (folder.split("/") for folder in folders) if len(parts) > depth}
-        if not found:
+        captions = _captions(names)
+        if not found and not captions:
             raise UserError("no class folders", where=spec, fix="put the images of each class in a folder of its own")
         super().__init__(spec, sorted(found), by_class=True)
         root = f"{split}/" if splits else ""
-        inside = [name for name in names if name.startswith(root)]
+        texts = set(captions.values())
+        inside = [name for name in names if name.startswith(root) and name not in texts]
         # documents beside the class folders are not images; images there are, and lack a label
         files = [name for name in inside if "/" in name[len(root) :] or _extension(name) in IMAGE_EXTENSIONS]
         self._files, self._root = [wrapper + name for name in files], len(wrapper + root)
+        self._captions = {wrapper + image: wrapper + text for image, text in captions.items()}
         self._labels = {name: label for label, name in enumerate(self.classes)}
         if len(self.classes) == 1 and not splits and tops[self.classes[0]] and not any(name.count("/") == 1 for name in names):
             what = f"all images lie deeper, in folders inside {self.classes[0]!r}: one class, or a wrapper around the classes?"
@@ -56,9 +61,12 @@ class ClassFolders(Source):
         folder, slash, base = inner.rpartition("/")
         # WebDataset ends a key at the first dot of the base name
         key = folder + slash + os.path.splitext(base)[0].replace(".", "_")
-        if not slash:
+        text = self._captions.get(name)
+        caption = None if text is None else (lambda: self._read(text))
+        if not slash and (self.classes or caption is None):
             return SourceItem(key, None, lambda: b"", "no label: the image lies outside the class folders")
-        return SourceItem(key, self._labels[inner.split("/", 1)[0]], lambda: self._read(name))
+        label = self._labels[inner.split("/", 1)[0]] if slash else None
+        return SourceItem(key, label, lambda: self._read(name), caption=caption)
 
     @abstractmethod
     def _read(self, name: str) -> bytes: ...
@@ -157,6 +165,13 @@ def split_folders(tops: dict[str, bool], asked: str = "") -> list[str]:
     if any(tops.values()) and (tops.get(asked, False) or tops.keys() <= SPLIT_NAMES):
         return sorted(tops)
     return []
+
+
+def _captions(names: list[str]) -> dict[str, str]:
+    """The caption of each image that has one."""
+    texts = {os.path.splitext(name)[0]: name for name in names if _extension(name) == CAPTION_EXTENSION}
+    stems = {name: os.path.splitext(name)[0] for name in names if texts and _extension(name) in IMAGE_EXTENSIONS}
+    return {image: texts[stem] for image, stem in stems.items() if stem in texts}
 
 
 def _extension(name: str) -> str:

@@ -13,15 +13,17 @@ class SourceItem:
 
     Args:
         key: unique name, the WebDataset key.
-        label: class index, `None` when `problem` says why there is none.
+        label: class index, `None` when `problem` says why there is none, or in a source of captions without classes.
         read: gives the file's bytes; raises `BadImageError` if they cannot be read.
         problem: why the item cannot be used, known before reading it; empty for a usable one.
+        caption: gives the bytes of the text beside the image, like `read`; `None`: there is none.
     """
 
     key: str
     label: int | None
     read: Callable[[], bytes]
     problem: str = ""
+    caption: Callable[[], bytes] | None = None
 
 
 class Source(ABC):

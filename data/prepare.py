@@ -23,7 +23,7 @@ import numpy as np
 from ..errors import UserError
 from .check import inspect, verify
 from .files import alone_in, digest_of, make_folder, os_errors, read_json, remove_leftovers, whole_file, write_json
-from .index import ShardIndex, index_path
+from .index import NO_LABEL, ShardIndex, index_path
 from .progress import Report, progress_bar
 from .randoms import permutation
 from .shards import MANIFEST_FORMAT, MANIFEST_NAME, SETTINGS_NAME
@@ -126,9 +126,9 @@ def _plan(
     on_bad: OnBad,
 ) -> Job:
     items = (source.item(i) for i in range(len(source)))
-    facts = [(item.key, item.label) for item in items]
-    seen, duplicates = set[str](), set[int]()
-    for i, (key, _) in enumerate(facts):
+    facts = [(item.key, item.label, *(["caption"] if item.caption else [])) for item in items]
+    seen, duplicates = set[Any](), set[int]()
+    for i, (key, *_) in enumerate(facts):
         (duplicates.add(i) if key in seen else seen.add(key))
     settings = Settings(spec, len(source), digest_of([facts, source.classes]), size, crop, format, quality, shard_size)
     # classes are mixed so that readers that shuffle only nearby samples see all of them
@@ -239,7 +239,7 @@ def _finish(job: Job) -> dict[str, Any]:
         "classes": job.source.classes,
         "count": count,
         "skipped": len(bad),
-        "per_class": np.bincount(labels, minlength=len(job.source.classes)).tolist(),
+        "per_class": np.bincount(labels[labels != NO_LABEL], minlength=len(job.source.classes)).tolist(),
         "image_size": [size, size] if size is not None and job.settings.crop else None,
         "settings": asdict(job.settings),
         "shards": [_entry(tar, index) for tar, index in found],

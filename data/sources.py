@@ -121,7 +121,7 @@ class Digits(Source):
 
 
 class Tars(Source):
-    """WebDataset tars: an image and a `.cls` or `.json` label per sample.
+    """WebDataset tars: an image and a `.cls` or `.json` label per sample, or where no sample has one a `.txt` caption.
 
     Args:
         spec: what the user wrote.
@@ -131,11 +131,11 @@ class Tars(Source):
 
     def __init__(self, spec: str, tars: list[Path], classes: list[str]) -> None:
         self._tars = tars
-        self._samples: list[tuple[Path, str, Member | None, str | None, str]] = []
+        self._samples: list[tuple[Path, TarSample, str]] = []
         for tar in tars:
             self._add(tar)
         if not classes:
-            numbers = [label for _, _, _, text, _ in self._samples if (label := parse_label(text, [])) is not None]
+            numbers = [label for _, sample, _ in self._samples if (label := parse_label(sample.label, [])) is not None]
             classes = [str(number) for number in range(max(numbers, default=-1) + 1)]
         super().__init__(spec, classes, by_class=False)
 
@@ -144,27 +144,28 @@ class Tars(Source):
             members, truncated = scan(tar), ""
         except TarTruncatedError as error:
             members, truncated = error.members, error.what
-        samples: list[TarSample] = group(members, tar)
-        self._samples.extend((tar, sample.key, sample.image, sample.label, "") for sample in samples)
+        self._samples.extend((tar, sample, "") for sample in group(members, tar))
         if truncated:
-            self._samples.append((tar, tar.name, None, None, truncated))
+            self._samples.append((tar, TarSample(tar.name), truncated))
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def item(self, i: int) -> SourceItem:
         """The i-th sample in the order of the tars."""
-        tar, key, image, text, problem = self._samples[i]
-        label = parse_label(text, self.classes)
-        if problem:
-            label = None
-        elif image is None:
-            problem = "no image in the sample"
-        elif text is None:
-            problem = "no label: the sample has no .cls and no label in .json"
-        elif label is None:
-            problem = f"unknown label {text!r}"
-        return SourceItem(key, label, lambda: _read_member(tar, image), problem)
+        tar, sample, problem = self._samples[i]
+        label = None if problem else parse_label(sample.label, self.classes)
+        problem = problem or self._problem(sample, label)
+        caption = None if sample.caption is None else (lambda: _read_member(tar, sample.caption))
+        return SourceItem(sample.key, label, lambda: _read_member(tar, sample.image), problem, caption)
+
+    def _problem(self, sample: TarSample, label: int | None) -> str:
+        if sample.image is None:
+            return "no image in the sample"
+        if sample.label is None:
+            captioned = sample.caption is not None and not self.classes
+            return "" if captioned else "no label: the sample has no .cls and no label in .json"
+        return f"unknown label {sample.label!r}" if label is None else ""
 
 
 def _read_member(tar: Path, member: Member | None) -> bytes:

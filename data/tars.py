@@ -15,6 +15,7 @@ from ..errors import UserError
 BLOCK = 512
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"})
 LABEL_EXTENSIONS = frozenset({"cls", "json"})
+CAPTION_EXTENSION = "txt"
 
 
 class Member(NamedTuple):
@@ -41,12 +42,14 @@ class TarSample:
         key: the name up to the first dot of its last part.
         image: the image member, `None` when the sample has none.
         label: what the `.cls` or `.json` member says, as text; `None` when it says nothing.
+        caption: the `.txt` member, `None` when the sample has none.
         members: extensions seen.
     """
 
     key: str
     image: Member | None = None
     label: str | None = None
+    caption: Member | None = None
     members: set[str] = field(default_factory=set)
 
 
@@ -167,6 +170,8 @@ def group(members: list[Member], path: Path) -> list[TarSample]:
             sample.members.add(extension)
             if extension in IMAGE_EXTENSIONS and sample.image is None:
                 sample.image = member
+            elif extension == CAPTION_EXTENSION:
+                sample.caption = member
             elif extension in LABEL_EXTENSIONS:
                 file.seek(member.offset)
                 found = _label_text(file.read(member.size), extension)

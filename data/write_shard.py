@@ -12,9 +12,9 @@ import numpy as np
 from ..errors import UserError
 from .files import HashingFile, os_errors, sha256, whole_file
 from .images import BadImageError, centre_crop, decode, encode, is_ordinary, open_picture, resize_shorter, to_rgb
-from .index import ShardIndex, index_path, index_samples
+from .index import NO_LABEL, ShardIndex, index_path, index_samples
 from .items import Source, SourceItem
-from .tars import group, scan
+from .tars import CAPTION_EXTENSION, group, scan
 
 Encoding = Literal["png", "jpeg", "webp"]
 Format = Literal["keep", "png", "jpeg", "webp"]
@@ -114,8 +114,11 @@ def _write_samples(
         item = job.source.item(position)
         try:
             extension, data = _convert(item, position in job.duplicates, job.settings)
-            writer.write({"__key__": item.key, extension: data, "cls": str(item.label).encode()})
-            labels.append(int(item.label or 0))
+            beside = {} if item.label is None else {"cls": str(item.label).encode()}
+            if item.caption is not None:
+                beside[CAPTION_EXTENSION] = item.caption()
+            writer.write({"__key__": item.key, extension: data, **beside})
+            labels.append(NO_LABEL if item.label is None else item.label)
         except (BadImageError, ValueError) as error:
             reason = error.what if isinstance(error, BadImageError) else str(error)
             if job.on_bad == "fail":
@@ -136,8 +139,8 @@ def _convert(item: SourceItem, duplicate: bool, settings: Settings) -> tuple[str
     Raises:
         BadImageError: the item cannot be used.
     """
-    if item.problem or item.label is None:
-        raise BadImageError(item.problem or "no label")
+    if item.problem:
+        raise BadImageError(item.problem)
     if duplicate:
         raise BadImageError("duplicate key")
     data = item.read()

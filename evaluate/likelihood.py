@@ -32,12 +32,12 @@ def code_likelihood(
     draws: int = 4,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Cross-entropy of codes given their class and the codes before them.
+    """Cross-entropy of codes given their class or text and the codes before them.
 
     Args:
         generator: in eval mode, on its own device.
         layout: of the codes.
-        batches: mappings with `codes` `[B, N]` and `label` `[B]`.
+        batches: mappings with `codes` `[B, N]` and `label` `[B]`, for a generator of texts with `text` `[B, P, W + 1]`.
         on_batch: told the number of images after each batch.
         draws: of the bound, at least 2, for a generator whose likelihood is not exact.
         seed: of the draws; those of image i depend on (seed, i) alone.
@@ -50,15 +50,15 @@ def code_likelihood(
     Raises:
         UserError: no codes came.
     """
-    device = next(generator.parameters()).device
+    device, known = next(generator.parameters()).device, "label" if generator.text is None else "text"
     total, variance, count = torch.zeros(layout.total_tokens, dtype=torch.float64), 0.0, 0
     for batch in batches:
-        codes, label = batch["codes"].long().to(device), batch["label"].to(device)
+        codes, condition = batch["codes"].long().to(device), batch[known].to(device)
         if generator.exact:
-            nll = generator.token_nll(codes, label)[None]
+            nll = generator.token_nll(codes, condition)[None]
         else:
             noise = uniforms(seed, range(count, count + len(codes)), draws * generator.noise_size, device)
-            nll = torch.stack([generator.token_nll(codes, label, part) for part in noise.chunk(draws, dim=1)])
+            nll = torch.stack([generator.token_nll(codes, condition, part) for part in noise.chunk(draws, dim=1)])
             variance += nll.double().sum(-1).var(0).sum().item() / draws  # of the mean over draws, summed over images
         total += nll.double().mean(0).sum(0).cpu()
         count += len(codes)
@@ -84,12 +84,12 @@ def evaluate_likelihood(
     subject: Mapping[str, Any],
     on_batch: Callable[[int], None] | None = None,
 ) -> Result:
-    """Bits of the codes of held-out images, given their class.
+    """Bits of the codes of held-out images, given their class or caption.
 
     Args:
-        generator: of classes, in eval mode.
+        generator: in eval mode.
         tokenizer: makes the codes.
-        batches: mappings with `image` uint8 `[B, H, W, 3]` and `label` `[B]`.
+        batches: mappings with `image` uint8 `[B, H, W, 3]` and `label` `[B]`, or `text` `[B, P, W + 1]`.
         draws: see `code_likelihood`; stated in the protocol whether the generator needs them or not.
         seed: see `code_likelihood`.
         data: names the images.
@@ -97,14 +97,12 @@ def evaluate_likelihood(
         on_batch: told the number of images after each batch.
 
     Raises:
-        UserError: it is conditioned on texts, or there are no images.
+        UserError: there are no images.
     """
-    if generator.text is not None:
-        raise UserError("a generator of texts", where="measure=likelihood", fix="measure one of classes")
     numbers = code_likelihood(generator, tokenizer.layout, _encoded(tokenizer, batches), on_batch, draws=draws, seed=seed)
     protocol = {
         "data": dict(data),
-        "condition": "class",
+        "condition": "class" if generator.text is None else "caption",
         "tokenizer": weights_hash(tokenizer)[:16],
         "estimate": "exact where one pass gives it, else the mean bound over the draws",
         "draws": draws,
@@ -117,7 +115,7 @@ def evaluate_likelihood(
 def _encoded(tokenizer: Tokenizer, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     device = next(tokenizer.parameters()).device
     for batch in batches:
-        yield {"codes": tokenizer.encode(to_image(batch["image"].to(device))).codes, "label": batch["label"]}
+        yield {**batch, "codes": tokenizer.encode(to_image(batch["image"].to(device))).codes}
 
 
 def _numbers(per_token: Tensor, layout: TokenLayout) -> dict[str, float]:

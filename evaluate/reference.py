@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..conf.spine import Data
+from ..data.captions import Captions
 from ..data.shards import ImageDataset
 from ..data.stream import Stream
 from ..data.transforms import Augment
@@ -24,6 +25,18 @@ def augmented_split(data: Data, split: str) -> ImageDataset:
     """A split cropped and mirrored at random where `data` says so."""
     transform = Augment(data.image_size, crop=data.crop, flip=data.flip)
     return ImageDataset(data.path, split, transform=transform, decoder=data.decoder)
+
+
+def captions_of(data: Data, split: str, count: int) -> list[str]:
+    """The captions of the first `count` images of a split, from the beginning again where it has fewer.
+
+    Raises:
+        UserError: one has none.
+    """
+    images = plain_split(data, split)
+    captions = Captions(images)
+    known = [captions.read(i) for i in range(min(count, len(images)))]
+    return [known[i % len(known)] for i in range(count)]
 
 
 def facts_of(data: Data, split: str, samples: ImageDataset, count: int) -> dict[str, Any]:

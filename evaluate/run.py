@@ -37,8 +37,8 @@ from .probe import images_seen, linear_probe
 from .probe_features import generator_features, token_features
 from .protocol import Result, content_id
 from .reconstruction import evaluate_tokenizer
-from .reference import reference_batches
-from .samples import class_ids, decode_batches, draw_codes
+from .reference import captions_of, reference_batches
+from .samples import Texts, class_ids, decode_batches, draw_codes, text_encoder, with_texts
 
 
 def evaluate(composed: Composed) -> int:
@@ -186,6 +186,8 @@ class Task:
     def _likelihood(self, subject: dict[str, Any]) -> Result:
         opened, split = self._opened_generator(), self.config.split or self._data.val_split
         batches, count, facts = reference_batches(self._data, split, self.config.batch_size, self.config.count)
+        if opened.generator.text is not None:
+            batches = with_texts(batches, self._texts(opened, split, count))
         with progress_bar(None, count, "measuring") as advance:
             return evaluate_likelihood(
                 opened.generator, opened.tokenizer, batches, draws=self.config.draws, seed=self.config.seed, data=facts,
@@ -198,15 +200,25 @@ class Task:
         sampling = Sampling.model_validate({**self._run_config.get("sampling", {}), **self.sampling}).model_dump()
         opened.check_guidance(sampling["guidance"])
         count = self.config.count or reference_batches(self._data, self._reference_split, 1, None)[1]
-        labels, tally = class_ids(count, None, generator.num_classes), Tally()
+        conditions, tally = self._conditions(opened, count), Tally()
+        subject = subject | ({} if generator.text is None else {"prompts": f"captions of {self._reference_split}"})
         with progress_bar(None, count, "sampling") as advance:
             codes = draw_codes(
-                generator, labels, seed=self.config.seed, sampling=sampling, batch_size=self.config.batch_size,
+                generator, conditions, seed=self.config.seed, sampling=sampling, batch_size=self.config.batch_size,
                 on_batch=advance, tally=tally,
             )  # fmt: skip
             images = decode_batches(tokenizer, codes)
             result = self._generation(images, count, {**subject, "seed": self.config.seed, "sampling": sampling})
         return replace(result, numbers={**result.numbers, "network_calls": tally.calls_per_image})
+
+    def _conditions(self, opened: OpenedGenerator, count: int) -> Tensor | Texts:
+        """Classes in turn, or the captions of the reference."""
+        if opened.generator.text is None:
+            return class_ids(count, None, opened.generator.num_classes)
+        return self._texts(opened, self._reference_split, count)
+
+    def _texts(self, opened: OpenedGenerator, split: str, count: int) -> Texts:
+        return Texts(text_encoder(opened, self.config.text_encoder, self.device), captions_of(self._data, split, count))
 
     def _generation(self, images: Iterable[Mapping[str, Tensor]], count: int, subject: dict[str, Any]) -> Result:
         """Fréchet distance to the reference split, and class accuracy where a classifier judges."""

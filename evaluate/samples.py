@@ -5,7 +5,8 @@ Shapes: `N` samples, `B` of one batch, `T` tokens of an image.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor
 from ..data.stream import to_uint8
 from ..errors import UserError
 from ..models.generators.base import Generator
+from ..models.open import OpenedGenerator
 from ..models.samplers.decode import Tally, sample
+from ..models.text import TextEncoder
 from ..models.tokenizers.base import Tokenizer
 
 
@@ -31,10 +34,54 @@ def class_ids(count: int, classes: list[int] | None, num_classes: int) -> Tensor
     return torch.tensor([chosen[index % len(chosen)] for index in range(count)])
 
 
+@dataclass(frozen=True)
+class Texts:
+    """Texts as conditions: encoded when a part is asked for, since the features of many fill a memory."""
+
+    encoder: TextEncoder
+    texts: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.encoder(self.texts[rows])
+
+
+def text_encoder(opened: OpenedGenerator, place: str | None, device: torch.device) -> TextEncoder:
+    """What makes the conditions of a generator of texts.
+
+    Args:
+        opened: the generator.
+        place: of the encoder; `None`: where it lay when the captions were encoded.
+        device: where it runs.
+
+    Raises:
+        UserError: its place is not known, or it gives other features than the generator reads.
+    """
+    reads = opened.generator.text
+    assert reads is not None
+    place = place or (opened.facts.get("text") or {}).get("path")
+    if place is None:
+        raise UserError("it does not say what encoded its captions", where="text_encoder", fix="give a folder or a hub id")
+    encoder = TextEncoder(place, reads.tokens).to(device)
+    reads.check_shape(encoder.tokens, encoder.features)
+    return encoder
+
+
+def with_texts(batches: Iterator[dict[str, Tensor]], texts: Texts) -> Iterator[dict[str, Tensor]]:
+    """Adds `text` `[B, P, W + 1]` to batches of any size, in order."""
+    start = 0
+    for batch in batches:
+        stop = start + len(batch["label"])
+        yield {**batch, "text": texts[start:stop]}
+        start = stop
+
+
 @torch.inference_mode()
 def draw_codes(
     generator: Generator,
-    conditions: Tensor,
+    conditions: Tensor | Texts,
     *,
     seed: int,
     sampling: Mapping[str, Any],

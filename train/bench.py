@@ -3,54 +3,32 @@
 from __future__ import annotations
 
 import json
-import math
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..conf.compose import compose
 from ..conf.schema import Bench
-from ..conf.spine import Ema
 from ..data.bench import loader_speed
 from ..data.files import check_place
 from ..errors import UserError, nearest
 from ..evaluate.console import say, table
 from ..evaluate.protocol import versions, write_whole
-from ..models.build import build
-from ..models.generators.base import Generator
-from ..models.generators.next_scale import NextScale
-from ..models.generators.next_token import NextToken
-from ..models.samplers.decode import sample
-from ..models.tokenizers.base import Tokenizer
-from ..models.tokenizers.conv import ConvDecoder, ConvEncoder
-from ..models.tokenizers.layout import TokenLayout
-from ..models.tokenizers.multiscale import MultiScaleVQ
-from ..models.tokenizers.multiscale_quantizer import MultiScaleQuantizer
+from .bench_generators import Row, bench_attention, bench_blocks, bench_sampler, bench_scales, layout_of
 from .bench_quantizer import bench_quantizer
+from .bench_strategies import bench_generator, bench_strategies
 from .clock import Clock
-from .cost import modules_of, step_cost
 from .folder import code_state
-from .footprint import fixed_bytes, footprint, size_of
-from .network import Network, Trainable
-from .peaks import peak_flops
-from .profiler import most_held
+from .network import Network
 from .randomness import seed_step
-from .stage import Batch, Networks
-from .stages import check_image_size, fill, sizes_of
+from .stages import check_image_size
+from .stopwatch import per_second
 from .strategy import Workers
 from .telemetry import forget_peak, memory
 from .tokenizer import TokenizerStage
-
-Row = dict[str, float]
-STRATEGIES = ("single", "ddp", "fsdp", "zero1", "zero2", "zero3")
-VAR_SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
 
 def bench(whats: Sequence[str], overrides: Sequence[str]) -> int:
@@ -103,156 +81,13 @@ def bench_tokenizer(config: Bench, workers: Workers) -> Row:
     size = (config.batch_size, config.data.image_size, config.data.image_size, 3)
     batch = {"image": torch.randint(0, 256, size, dtype=torch.uint8, device=workers.device)}
     clock = Clock(10**9, 0, 2 * 10**9, config.batch_size, 10**6)  # past every start step
-    rate = _rate(lambda: _train_step(stage.step, batch, clock, networks), config.seconds, workers.device)
+    rate = per_second(lambda: _train_step(stage.step, batch, clock, networks), config.seconds, workers.device)
     return {"step_ms": 1000 / rate, "steps_per_s": rate, "images_per_s": rate * config.batch_size}
-
-
-class GeneratorSteps:
-    """What trains a generator on random codes, as a stage does."""
-
-    def __init__(self, config: Bench, generator: Generator) -> None:
-        self.trainables = {"generator": Trainable(generator, config.generator, config.optim)}
-        self.frozen: list[nn.Module] = []
-
-    def step(self, batch: Batch, clock: Clock, networks: Networks) -> dict[str, Tensor]:
-        """See `Steps.step`."""
-        losses: dict[str, Tensor] = networks["generator"](batch["codes"], batch["label"])
-        networks["generator"].backward(losses["loss"])
-        return losses
-
-
-def bench_generator(config: Bench, workers: Workers) -> Row:
-    """Training steps of the generator on random codes, under the strategy; `batch_size` is that of a rank.
-
-    `held_mib` is the most that torch's allocator held from the building of the network to the second step; `paper_mib` is what
-    `tokar estimate` says of it.
-    """
-    device, strategy = workers.device, config.strategy
-    tokens = math.prod(config.grid)
-    paper = GeneratorSteps(config, _generator(config, workers))
-    shapes = {"codes": ((config.batch_size, tokens), torch.int64), "label": ((config.batch_size,), torch.int64)}
-    vocabulary = _layout(config).vocab_size
-    cost = step_cost(paper, strategy, shapes)
-    sizes = [size_of(item, averages=True) for item in paper.trainables.values()]
-    planned = footprint(strategy, workers.world, sizes, fixed_bytes(modules_of(paper)), cost)
-    del paper
-    clock = Clock(0, 0, 10**9, config.batch_size * workers.world, 10**6)
-
-    def begin() -> Callable[[], None]:
-        stage = GeneratorSteps(config, _generator(config, workers))
-        networks = workers.wrap(stage.trainables, Ema())
-        batch = {"codes": torch.randint(vocabulary, shapes["codes"][0], device=device),
-                 "label": torch.randint(config.num_classes, shapes["label"][0], device=device)}  # fmt: skip
-
-        def step() -> None:
-            with workers.micro_batch(networks, 1.0, last=True):
-                stage.step(batch, clock, networks)
-            for network in networks.values():
-                network.step(1.0)
-                if network.ema is not None:
-                    network.ema.update(1)
-
-        step()
-        step()
-        return step
-
-    step, held = most_held(begin, device)
-    rate = _rate(step, config.seconds, device, workers)
-    samples = rate * config.batch_size * workers.world
-    row = {"step_ms": 1000 / rate, "steps_per_s": rate, "images_per_s": samples, "tokens_per_s": samples * tokens}
-    return {**row, "mfu": cost.flops * rate / peak_flops(device, strategy.precision), "held_mib": held / 2**20,
-            "paper_mib": planned.total / 2**20}  # fmt: skip
-
-
-def bench_strategies(config: Bench, overrides: Sequence[str]) -> dict[str, Row]:
-    """`bench generator` under every strategy, one process for each rank: `strategy.devices` of them, two when not given."""
-    kept = [
-        text for text in overrides if not text.startswith(("strategy=", "strategy.devices=", "strategy.channels_last=", "out="))
-    ]
-    ranks = max(2, config.strategy.devices)
-    rows: dict[str, Row] = {}
-    for name in STRATEGIES:
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "row.json"
-            more = [f"strategy={name}", f"strategy.devices={1 if name == 'single' else ranks}", f"out={out}"]
-            ended = subprocess.run([sys.executable, "-m", "tokar.cli", "bench", "generator", *kept, *more],
-                                   capture_output=True, text=True, check=False)  # fmt: skip
-            if ended.returncode:
-                said = " ".join(ended.stderr.split())[-300:]
-                raise UserError(
-                    f"{name} failed: {said}", where="bench strategies", fix=f"tokar bench generator strategy={name}"
-                )
-            rows[name] = json.loads(out.read_text())["rows"]["generator"]
-        say(table(name, rows[name]))
-    return rows
-
-
-def bench_sampler(config: Bench, workers: Workers) -> Row:
-    """Sampling with the KV cache and without it, the same guidance and seeds."""
-    generator = _generator(config, workers).to(workers.device).eval()
-    labels = torch.arange(config.sample_batch, device=workers.device) % config.num_classes
-    sampling = config.sampling.model_dump(exclude={"cache"})
-    codes: dict[bool, Tensor] = {}
-
-    def speed(cache: bool) -> float:
-        def draw() -> None:
-            codes[cache] = sample(generator, labels, seed=0, cache=cache, **sampling)
-
-        return _rate(draw, config.seconds, workers.device) * config.sample_batch
-
-    cached, uncached = speed(True), speed(False)
-    if not torch.equal(codes[True], codes[False]):
-        raise UserError("cached and uncached sampling gave different tokens", where="bench sampler", fix="report this as a bug")
-    return {"cached_images_per_s": cached, "uncached_images_per_s": uncached, "ratio": cached / uncached}
-
-
-def bench_scales(config: Bench, workers: Workers) -> Row:
-    """Next-scale sampling beside next-token sampling of the same finest grid, by transformers of one size, both cached."""
-    device, size = workers.device, {key: config.generator[key] for key in ("dim", "layers", "heads") if key in config.generator}
-    scales = _pyramid(config.grid)
-    torch.manual_seed(0)
-    tokenizer = _scale_tokenizer(scales)
-    sizes = sizes_of(tokenizer.layout)
-    known = {"num_classes": config.num_classes, "vocab_size": sizes["vocab_size"]}
-    by_scale = NextScale(**known, grids=sizes["grids"], embed_dim=sizes["embed_dim"], **size).to(device).eval()
-    by_scale.bind(tokenizer.to(device).eval())
-    by_token = NextToken(**known, grid=config.grid, **size).to(device).eval()
-    labels = torch.arange(config.sample_batch, device=device) % config.num_classes
-    sampling = config.sampling.model_dump(exclude={"cache"})
-
-    def speed(generator: Generator) -> float:
-        def draw() -> None:
-            sample(generator, labels, seed=0, **sampling)
-
-        return _rate(draw, config.seconds, device) * config.sample_batch
-
-    token, scale = speed(by_token), speed(by_scale)
-    return {
-        "next_token_images_per_s": token,
-        "next_scale_images_per_s": scale,
-        "next_token_steps": by_token.plan.n_units,
-        "next_scale_steps": by_scale.plan.n_units,
-        "next_scale_tokens": by_scale.plan.n_tokens,
-        "ratio": scale / token,
-    }
-
-
-def _pyramid(grid: tuple[int, int]) -> list[list[int]]:
-    """VAR's scales, shrunk to end with `grid`."""
-    share = [side / VAR_SIDES[-1] for side in VAR_SIDES]
-    pairs = [tuple(max(1, round(side * part)) for side in grid) for part in share]
-    return [list(pair) for pair in dict.fromkeys(pairs)]  # small grids repeat some
-
-
-def _scale_tokenizer(scales: Sequence[Sequence[int]]) -> MultiScaleVQ:
-    """A multi-scale tokenizer with VAR's codes and no more of networks than a sampler asks for."""
-    half: dict[str, Any] = {"width": 32, "multipliers": [1], "blocks": 1, "z_channels": 32}
-    return MultiScaleVQ(ConvEncoder(**half), ConvDecoder(**half), MultiScaleQuantizer(scales=scales))
 
 
 def bench_search(config: Bench, workers: Workers) -> Row:
     """The nearest-code search beside a plain product and argmin, for 65,536 vectors."""
-    stream = _layout(config).streams[0]
+    stream = layout_of(config).streams[0]
     return bench_quantizer(config.seconds, workers.device, codebook_size=stream.vocab_size, dim=stream.embed_dim)
 
 
@@ -262,24 +97,10 @@ BENCHES: dict[str, Callable[[Bench, Workers], Row]] = {
     "generator": bench_generator,
     "sampler": bench_sampler,
     "scales": bench_scales,
+    "blocks": bench_blocks,
+    "attention": bench_attention,
     "quantizer": bench_search,
 }
-
-
-def _generator(config: Bench, workers: Workers) -> Generator:
-    known = {"vocab_size": _layout(config).vocab_size, "num_classes": config.num_classes, "grid": config.grid}
-    torch.manual_seed(0)
-    generator: Generator = build(fill(config.generator, known))
-    for parameter in generator.parameters():  # a zero-initialised head makes all tokens alike
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
-    return generator
-
-
-def _layout(config: Bench) -> TokenLayout:
-    with torch.device("meta"):
-        tokenizer: Tokenizer = build(config.tokenizer)
-    return tokenizer.layout
 
 
 def _train_step(step: Callable[..., Any], batch: dict[str, Tensor], clock: Clock, networks: dict[str, Network]) -> None:
@@ -287,32 +108,6 @@ def _train_step(step: Callable[..., Any], batch: dict[str, Tensor], clock: Clock
     step(batch, clock, networks)
     for network in networks.values():
         network.step(1.0)
-
-
-def _rate(action: Callable[[], None], seconds: float, device: torch.device, workers: Workers | None = None) -> float:
-    """Calls per second: the median of those made in `seconds`, at least three, after one to warm up.
-
-    Args:
-        action: what is called.
-        seconds: to measure.
-        device: of its work.
-        workers: ranks that call it together, and so must agree when to end; `None`: it is called by itself.
-    """
-    action()
-    times: list[float] = []
-    begun = time.perf_counter()
-
-    def over() -> bool:
-        late = time.perf_counter() - begun >= seconds
-        return late if workers is None else workers.any(late)
-
-    while len(times) < 3 or not over():
-        start = time.perf_counter()
-        action()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return 1 / sorted(times)[len(times) // 2]
 
 
 def _device_name(device: torch.device) -> str:

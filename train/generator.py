@@ -47,7 +47,6 @@ class GeneratorStage:
             )
         drawn = config.sampling.model_dump(exclude={"cache", "compile"})
         choices_for(self.generator, **drawn)  # else a mistake in them would stop the run at its first picture
-        self.generator.check_compile(config.sampling.compile)
         check_guidance(config.sampling.guidance, self.generator.plan, config.class_dropout)
         self.trainables = {"generator": Trainable(self.generator, node, config.optim, facts=facts)}
         self.frozen: list[nn.Module] = [] if tokenizer is None else [tokenizer.requires_grad_(False).eval()]

@@ -15,11 +15,10 @@ from ..data.progress import progress_bar
 from ..errors import UserError
 from ..evaluate.console import say
 from ..evaluate.images import save_folder, save_grid, save_npz
-from ..evaluate.samples import class_ids, decode_batches, draw_codes
+from ..evaluate.samples import Texts, class_ids, decode_batches, draw_codes, text_encoder
 from ..models.build import pick_device
 from ..models.open import OpenedGenerator, open_generator
 from ..models.samplers.decode import Tally
-from ..models.text import TextEncoder
 from .paint import canvas
 
 GRID_LIMIT = 1024
@@ -57,10 +56,9 @@ def sample(composed: Composed) -> int:
     return 0
 
 
-def _conditions(config: Sample, opened: OpenedGenerator, device: torch.device) -> Tensor:
-    """Of `count` samples `[count, …]`: classes or texts, in turn."""
-    reads = opened.generator.text
-    if reads is None:
+def _conditions(config: Sample, opened: OpenedGenerator, device: torch.device) -> Tensor | Texts:
+    """Of `count` samples: classes or texts, in turn."""
+    if opened.generator.text is None:
         if config.prompts is not None:
             raise UserError("this generator knows classes, not texts", where="prompts", fix="give classes=[…] instead")
         return class_ids(config.count, config.classes, opened.generator.num_classes)
@@ -69,12 +67,8 @@ def _conditions(config: Sample, opened: OpenedGenerator, device: torch.device) -
             "this generator draws texts", where="classes" if config.classes else "prompts", fix="give prompts=[…], or a file"
         )
     prompts = read_prompts(config.prompts)
-    place = config.text_encoder or (opened.facts.get("text") or {}).get("path")
-    if place is None:
-        raise UserError("it does not say what encoded its captions", where="text_encoder", fix="give a folder or a hub id")
-    features = TextEncoder(place, reads.tokens).to(device)(prompts)
-    reads.check(features)
-    return features[torch.arange(config.count) % len(prompts)]
+    encoder = text_encoder(opened, config.text_encoder, device)
+    return Texts(encoder, [prompts[index % len(prompts)] for index in range(config.count)])
 
 
 def read_prompts(prompts: list[str] | str) -> list[str]:

@@ -35,19 +35,6 @@ class Generator(nn.Module, ABC):
     """The kernel of its attention, set by whoever runs it (see `kernels.choose`)."""
     exact = True
     """`token_nll` is the likelihood; else a bound that depends on the noise."""
-    compiles_steps = False
-    """Its repeated step has a form of fixed shapes for `torch.compile`."""
-
-    def check_compile(self, compile: bool) -> None:
-        """Refuse to compile a step that has no such form.
-
-        Raises:
-            UserError: it was asked for.
-        """
-        if compile and not self.compiles_steps:
-            raise UserError(
-                f"a step of {type(self).__name__} is not compiled", where="sampling.compile", fix="leave it at false"
-            )
 
     @property
     def null_class(self) -> int:

@@ -15,18 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ranges import Fraction, PositiveInt
-from ..attention import Context, KVCache, rope_table
-from ..layers import init_normal
-from .base import StepwiseGenerator
 from .block_plan import block_plan
+from .block_steps import BlockSteps
+from .llama import llama_config
 from .masking import LEAST, BlockMask, block_sizes, calmest_window, window_moments
-from .next_token import QK_EPS, NextToken
-from .plan import block_mask, visible
-from .planned import DecodeState, Facts, make_cache
-from .transformer import Transformer, TransformerConfig
+from .next_token import NextToken
 
 
-class BlockDiffusion(StepwiseGenerator):
+class BlockDiffusion(BlockSteps):
     """Masked diffusion within blocks, one block after the other, on LlamaGen's transformer.
 
     Args:
@@ -95,63 +91,25 @@ class BlockDiffusion(StepwiseGenerator):
             raise ValueError(f"a window from {low} to {high} is empty; give its lower end first")
         if complementary and weight != "mean":
             raise ValueError("complementary masks hide every token once, whatever t is; set weight to mean")
-        super().__init__()
-        self.vocab_size, self.num_classes = vocab_size, num_classes
-        self.plan = block_plan(grid, n_tokens, grids, block, block_size)
-        self.shift, self.weight, self.level = shift, weight, level
-        self.adapt_window, self.complementary, self.token_dropout = adapt_window, complementary, token_dropout
-        self.transformer = Transformer(
-            TransformerConfig(
-                dim,
-                layers,
-                heads,
-                qk_norm="layer" if qk_norm else "none",
-                qk_eps=QK_EPS,
-                modulation=modulation,
-                multiple_of=multiple_of,
-                resid_dropout=resid_dropout,
-                ffn_dropout=ffn_dropout,
-                drop_path=drop_path,
-            )
+        config = llama_config(
+            dim,
+            layers,
+            heads,
+            qk_norm=qk_norm,
+            modulation=modulation,
+            multiple_of=multiple_of,
+            resid_dropout=resid_dropout,
+            ffn_dropout=ffn_dropout,
+            drop_path=drop_path,
         )
-        self.classes = nn.Embedding(num_classes + 1, dim)
-        self.tokens = nn.Embedding(vocab_size + 1, dim)
-        self.head = nn.Linear(dim, vocab_size, bias=False)
-        slots = 1 + self.plan.n_tokens
-        self.positions = nn.Parameter(torch.randn(slots, dim) * dim**-0.5) if positions == "learned" else None
+        plan = block_plan(grid, n_tokens, grids, block, block_size)
+        super().__init__(plan, vocab_size, num_classes, config, positions, shift, token_dropout)
+        self.weight, self.level = weight, level
+        self.adapt_window, self.complementary = adapt_window, complementary
         self.register_buffer("window", torch.tensor([max(low, LEAST), max(high, LEAST)]))
-        self._init_weights()
         self._blocks = BlockMask(block_sizes(self.plan.committed))
         self.noise_size = self._blocks.noise_size
         self._moments: Tensor | None = None
-        self._lay_out(positions, dim // heads)
-
-    def _init_weights(self) -> None:
-        """Small normals; the head and adaptive layer norms begin as none (LlamaGen's, GigaTok's)."""
-        init_normal(self)
-        layers = [part.modulation for part in self.transformer.blocks]
-        for zeroed in (self.head, *layers, self.transformer.shared, self.transformer.final):
-            if isinstance(zeroed, nn.Module):
-                for parameter in zeroed.parameters():
-                    nn.init.zeros_(parameter)
-
-    def _lay_out(self, positions: str, head_dim: int) -> None:
-        """What follows from the plan alone: orders, places, and which slot predicts each token."""
-        perm, count, starts = self.plan.perm, self.plan.n_tokens, set(self.plan.committed)
-        rows = [1 + token for token in perm]
-        self._mask = Facts(visible(self.plan))
-        self._order = Facts(torch.tensor(perm, device="cpu"))
-        self._layout_order = Facts(torch.tensor(perm, device="cpu").argsort())
-        self._place = Facts(torch.tensor([*rows, 0, *rows], device="cpu"))
-        predictor = [count + index if index in starts else index - 1 for index in range(count)]
-        self._predictor = Facts(torch.tensor(predictor if self.shift else range(count), device="cpu"))
-        coords = [(row,) for row in (*rows, 0, *rows)] if positions == "rotary_class" else self.plan.coords
-        self._rotary = None if positions == "learned" else Facts(rope_table(coords, head_dim))
-
-    @property
-    def mask_id(self) -> int:
-        """The row of the token table that stands for a hidden token."""
-        return self.vocab_size
 
     def weights_from(self, model: nn.Module) -> dict[str, Tensor]:
         """Those of a block diffusion, or of a next-token model over the same tokens: the mask becomes the mean token."""
@@ -160,26 +118,10 @@ class BlockDiffusion(StepwiseGenerator):
             weights["tokens.weight"] = torch.cat((weights["tokens.weight"], weights["tokens.weight"].mean(0, keepdim=True)))
         return weights | {"window": self.window.detach().clone()}
 
-    # ---- training and likelihood
-
     def _denoise(self, codes: Tensor, hidden: Tensor, condition: Tensor) -> Tensor:
         """Cross-entropy `[B, N]` of codes `[B, N]` with some hidden (bool), both in order of the blocks; of the others too."""
         states = self._both_streams(codes, hidden, condition)
         return F.cross_entropy(self.head(states).float().transpose(1, 2), codes, reduction="none")
-
-    def _both_streams(self, codes: Tensor, hidden: Tensor, condition: Tensor) -> Tensor:
-        """Hidden states `[B, N, C]` of the slots that predict each token: one pass over noisy and clean slots."""
-        everything = slice(0, self.plan.n_slots)
-        noisy = self._embed(codes.masked_fill(hidden, self.mask_id), slice(0, codes.shape[1]))
-        x = torch.cat((noisy, self._embed_clean(codes, condition)), dim=1)
-        states = self._pass(x, condition, everything, mask=self._mask.on(x.device))
-        return states[:, self._predictor.on(x.device)]
-
-    def logits(self, codes: Tensor, condition: Tensor) -> Tensor:
-        """Logits `[B, N, V]` of each block from those before it, nothing of itself known."""
-        ordered = codes.long()[:, self._order.on(codes.device)]
-        states = self._both_streams(ordered, torch.ones_like(ordered, dtype=torch.bool), condition)
-        return self.head(states[:, self._layout_order.on(codes.device)])
 
     def loss(self, codes: Tensor, condition: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
         """In training the objective; else the bound of the negative log-likelihood, in nats per token."""
@@ -224,128 +166,3 @@ class BlockDiffusion(StepwiseGenerator):
         moments = window_moments(levels, nll / self._blocks.sums(torch.ones_like(noise[:, : ordered.shape[1]])))
         self._moments = moments if self._moments is None else self._moments + moments
         self.window.copy_(calmest_window(self._moments))
-
-    # ---- slots
-
-    def _embed(self, ids: Tensor, slots: slice) -> Tensor:
-        """Input embeddings `[B, L, C]` of slots of tokens."""
-        x = self.tokens(ids)
-        return x if self.positions is None else x + self.positions[self._place.on(ids.device)[slots]]
-
-    def _prefix(self, condition: Tensor) -> Tensor:
-        """The class's slot, `[B, 1, C]`, which modulates too (GigaTok's)."""
-        x = self.classes(condition)[:, None]
-        return x if self.positions is None else x + self.positions[:1]
-
-    def _embed_clean(self, codes: Tensor, condition: Tensor) -> Tensor:
-        """The class and the clean slots of codes `[B, L]`: `[B, 1 + L, C]`."""
-        first, count = self.plan.n_tokens + 1, codes.shape[1]
-        return torch.cat((self._prefix(condition), self._embed(codes, slice(first, first + count))), dim=1)
-
-    def _pass(
-        self, x: Tensor, condition: Tensor, slots: slice, cache: KVCache | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        """Hidden states of consecutive slots with inputs `x`."""
-        x = F.dropout(x, self.token_dropout, self.training)
-        rope = None if self._rotary is None else self._rotary.on(x.device)[:, slots]
-        signal = None if self.transformer.final is None else self._prefix(condition)
-        whole = slots == slice(0, self.plan.n_slots)
-        flex = block_mask(self.plan, slots.stop, x.device) if self.attention == "flex" and whole else None
-        return self.transformer(x, Context(rope, False, mask, cache, self.attention, flex), signal)
-
-    # ---- generation: the cache holds the class and the clean slots of committed blocks
-
-    @torch.no_grad()
-    def begin(self, condition: Tensor, *, capacity: int | None = None, compile: bool = False) -> DecodeState:
-        """Allocate the cache for `capacity` rows and put the class into it.
-
-        Raises:
-            UserError: a compiled step is asked for.
-        """
-        self.check_compile(compile)
-        rows, count = len(condition), self.plan.n_tokens
-        memory = make_cache(self.transformer, capacity or rows, 1 + count, condition.device)
-        codes = torch.zeros(rows, count, dtype=torch.int64, device=condition.device)
-        state = DecodeState(memory, memory.rows(0, rows), condition, codes)
-        state.carry = self._prefill(state.cache, condition, codes, 0)
-        state.calls += 1
-        return state
-
-    def _prefill(self, cache: KVCache, condition: Tensor, codes: Tensor, known: int) -> Tensor:
-        """Put the class and the first `known` tokens into an empty cache; the last hidden state `[B, C]`."""
-        first = self.plan.n_tokens
-        slots = slice(first, first + 1 + known)
-        x = self._embed_clean(codes[:, self._order.on(codes.device)[:known]], condition)
-        states = self._pass(x, condition, slots, cache, self._mask.on(x.device)[slots, slots])
-        cache.length = 1 + known
-        return states[:, -1]
-
-    @torch.no_grad()
-    def propose(self, state: DecodeState, unit: int) -> Tensor:
-        """Logits `[B, U, V]` of a block of which nothing is known."""
-        return self.refine(state, unit, state.codes.new_full((len(state.codes), len(self.plan.tokens(unit))), -1))
-
-    @torch.no_grad()
-    def refine(self, state: DecodeState, unit: int, filled: Tensor, window: slice | None = None) -> Tensor:
-        """Logits of a block, partly `filled`: noisy slots look at the cache and at each other, and leave no trace in it."""
-        start, size = self.plan.committed[unit], filled.shape[1]
-        first, last = (0, size) if window is None else (window.start, window.stop)
-        begin = max(first - self.shift, 0)
-        assert state.carry is not None
-        before = [state.carry[:, None]] if self.shift and first == 0 else []
-        if self.shift and last == 1:  # the clean slot before it tells all
-            return self.head(before[0])
-        slots = slice(start + begin, start + last)
-        ids = filled[:, begin:last]
-        cache = state.cache
-        mask = None
-        if window is not None:  # over the part's last keys; those of the rest of the block stay behind the final ones
-            cache.position = torch.arange(cache.length + begin, cache.length + last, device=ids.device)
-            mask = torch.arange(cache.keys.shape[3], device=ids.device)[None] < cache.length + size
-        states = self._pass(self._embed(ids.masked_fill(ids < 0, self.mask_id), slots), state.condition, slots, cache, mask)
-        cache.position = None
-        state.calls += 1
-        return self.head(torch.cat((*before, states[:, : -1 if self.shift else None]), dim=1))
-
-    @torch.no_grad()
-    def refine_anew(self, codes: Tensor, condition: Tensor, unit: int, filled: Tensor) -> Tensor:
-        """The same by a pass over both streams."""
-        seen, order = slice(self.plan.committed[unit], self.plan.committed[unit + 1]), self._order.on(codes.device)
-        ordered = codes.long()[:, order]
-        ordered[:, seen] = filled.clamp(min=0)
-        hidden = torch.ones_like(ordered, dtype=torch.bool)
-        hidden[:, seen] = filled < 0
-        return self.head(self._both_streams(ordered, hidden, condition)[:, seen])
-
-    @torch.no_grad()
-    def commit(self, state: DecodeState, unit: int, values: Tensor) -> None:
-        """Fix the codes `[B, U]` of a block: a clean pass puts it into the cache, after the last block none."""
-        state.codes[:, self.plan.columns(unit)] = values
-        if unit == self.plan.n_units - 1:
-            return
-        first = self.plan.n_tokens + 1
-        slots = slice(first + self.plan.committed[unit], first + self.plan.committed[unit + 1])
-        state.carry = self._pass(self._embed(values, slots), state.condition, slots, state.cache)[:, -1]
-        state.cache.length += values.shape[1]
-        state.calls += 1
-
-    @torch.no_grad()
-    def join(self, state: DecodeState, condition: Tensor, codes: Tensor, unit: int) -> None:
-        """Add rows with the blocks before `unit` behind them, in one masked pass."""
-        start, stop = len(state.codes), len(state.codes) + len(condition)
-        fresh = state.memory.rows(start, stop)
-        fresh.length = 0
-        carry = self._prefill(fresh, condition, codes, self.plan.committed[unit])
-        assert state.carry is not None
-        state.condition, state.codes = torch.cat((state.condition, condition)), torch.cat((state.codes, codes))
-        state.carry = torch.cat((state.carry, carry))
-        state.calls += 1
-        state.use_rows(stop)
-
-    @torch.no_grad()
-    def keep(self, state: DecodeState, rows: int) -> None:
-        """Forget all but the first `rows` rows."""
-        assert state.carry is not None
-        state.condition, state.codes = state.condition[:rows], state.codes[:rows].clone()
-        state.carry = state.carry[:rows]
-        state.use_rows(rows)

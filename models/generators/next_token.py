@@ -6,8 +6,6 @@ The last prefix slot predicts token 0, the slot that holds token i predicts toke
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -15,13 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ranges import Fraction, NonNegativeInt, PositiveInt
-from ..attention import Context, KVCache, rope_table
-from ..layers import init_normal
+from ..attention import rope_table
 from .conditions import TextCondition
+from .llama import init_llama, learned_places, llama_config
 from .orders import raster_or_sequence
 from .plan import Plan
-from .planned import DecodeState, Facts, PlannedGenerator
-from .transformer import TransformerConfig
+from .planned import Facts, PlannedGenerator
 
 # The published sizes: width, blocks, heads.
 SIZES = {
@@ -34,7 +31,6 @@ SIZES = {
     "3B": (3200, 24, 32),
     "7B": (4096, 32, 32),
 }
-QK_EPS = 1e-5  # GigaTok's, PyTorch's default
 
 
 class NextToken(PlannedGenerator):
@@ -64,8 +60,6 @@ class NextToken(PlannedGenerator):
         ValueError: arguments that contradict each other.
     """
 
-    compiles_steps = True
-
     def __init__(
         self,
         vocab_size: PositiveInt,
@@ -85,12 +79,11 @@ class NextToken(PlannedGenerator):
         ffn_dropout: Fraction = 0.1,
         drop_path: Fraction = 0.0,
     ) -> None:
-        config = TransformerConfig(
+        config = llama_config(
             dim,
             layers,
             heads,
-            qk_norm="layer" if qk_norm else "none",
-            qk_eps=QK_EPS,
+            qk_norm=qk_norm,
             modulation=modulation,
             multiple_of=multiple_of,
             resid_dropout=resid_dropout,
@@ -104,18 +97,10 @@ class NextToken(PlannedGenerator):
         self.classes = nn.Embedding(num_classes + 1, dim) if text is None else None
         self.tokens = nn.Embedding(vocab_size, dim)
         self.head = nn.Linear(dim, vocab_size, bias=False)
-        init_normal(self)
-        for zeroed in (self.head, *self._modulations()):
-            for parameter in zeroed.parameters():
-                nn.init.zeros_(parameter)
+        init_llama(self, self.transformer, self.head)
         slots = 1 + self.plan.n_slots  # the last token is never fed: its row is there because the published table has it
-        self.positions = nn.Parameter(torch.randn(slots, dim) * dim**-0.5) if positions == "learned" else None
+        self.positions = learned_places(slots, dim) if positions == "learned" else None
         self._rotary = None if positions == "learned" else Facts(_rotary(self.plan, config.head_dim, positions))
-
-    def _modulations(self) -> list[nn.Module]:
-        """Adaptive layer norms begin as none (GigaTok's, DiT's)."""
-        layers = [block.modulation for block in self.transformer.blocks]
-        return [layer for layer in (*layers, self.transformer.shared, self.transformer.final) if isinstance(layer, nn.Module)]
 
     def _fill(self, codes: Tensor, condition: Tensor, slots: slice, carry: Tensor | None) -> Tensor:
         prefix = self.plan.prefix + 1
@@ -160,36 +145,6 @@ class NextToken(PlannedGenerator):
 
     def _rope(self, slots: slice, device: torch.device) -> Tensor | None:
         return None if self._rotary is None else self._rotary.on(device)[:, slots]
-
-    @torch.no_grad()
-    def propose(self, state: DecodeState, unit: int) -> Tensor:
-        """Logits `[B, 1, V]` of token `unit`."""
-        if not state.compiled or unit == 0:
-            return super().propose(state, unit)
-        position = torch.tensor([self.plan.span(unit).start], device=state.codes.device)
-        state.calls += 1
-        return _compiled_step()(self, state.codes[:, unit - 1 : unit], state.condition, position, state.cache)
-
-    def _step(self, previous: Tensor, condition: Tensor, position: Tensor, cache: KVCache) -> Tensor:
-        """The repeated step with shapes that never change: logits `[B, 1, V]` after the codes `previous [B, 1]`."""
-        x = self.tokens(previous)
-        if self.positions is not None:
-            x = x + self.positions[position]
-        rope = None if self._rotary is None else self._rotary.on(x.device)[:, position]
-        seen = torch.arange(self.plan.n_slots, device=position.device)[None] <= position
-        if (padding := self._padding(condition)) is not None:
-            seen = (seen & F.pad(padding, (0, self.plan.n_slots - padding.shape[1]), value=True))[:, None, None]
-        cache.position = position
-        context = Context(rope, mask=seen, cache=cache)
-        hidden = self.transformer(x, context, self._modulation(condition, slice(0, 1)))
-        cache.position = None
-        return self.head(hidden)
-
-
-@functools.cache
-def _compiled_step() -> Callable[[NextToken, Tensor, Tensor, Tensor, KVCache], Tensor]:
-    # Of the class, not of one model: a copy of a model would else carry a step that is bound to the weights of the first.
-    return torch.compile(NextToken._step, dynamic=False)
 
 
 def _checked(condition: nn.Module | None, num_classes: int, dim: int, modulation: str) -> TextCondition | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..attention import Context, KVCache
 from .base import Generator
 from .plan import Plan, block_mask, visible
+from .static_step import compiled_step, static_step
 from .transformer import Transformer, TransformerConfig
 
 
@@ -145,12 +147,7 @@ class PlannedGenerator(Generator):
 
     @torch.no_grad()
     def begin(self, condition: Tensor, *, capacity: int | None = None, compile: bool = False) -> DecodeState:
-        """Allocate the cache for `capacity` rows; nothing is computed yet.
-
-        Raises:
-            UserError: a compiled step is asked for, and there is none.
-        """
-        self.check_compile(compile)
+        """Allocate the cache for `capacity` rows; nothing is computed yet."""
         rows, device = condition.shape[0], condition.device
         memory = make_cache(self.transformer, capacity or rows, self.plan.n_slots, device)
         codes = torch.zeros(rows, self.plan.n_tokens, dtype=torch.int64, device=device)
@@ -161,7 +158,10 @@ class PlannedGenerator(Generator):
         """Logits `[B, U, V]` of the tokens of `unit`: its slots look at the cache and at each other."""
         span = self.plan.span(unit)
         x = self._fill(state.codes, state.condition, span, state.carry)
-        hidden = self._pass(x, state.condition, span, state.cache, masked=unit == 0 and self.plan.prefix > 0)
+        if state.compiled and unit:
+            hidden = self._static_pass(x, state.condition, span, state.cache, compiled_step())
+        else:
+            hidden = self._pass(x, state.condition, span, state.cache, masked=unit == 0 and self.plan.prefix > 0)
         state.calls += 1
         return self._head(hidden, unit, unit + 1)
 
@@ -222,6 +222,19 @@ class PlannedGenerator(Generator):
             blocks = block_mask(self.plan, slots.stop, x.device)
         context = Context(self._rope(slots, x.device), causal, mask, cache, self.attention, blocks)
         return self._transform(x, context, self._modulation(condition, slots))
+
+    def _static_pass(
+        self, x: Tensor, condition: Tensor, slots: slice, cache: KVCache, step: Callable[..., Tensor] = static_step
+    ) -> Tensor:
+        """Hidden states of the slots of one unit by a step of fixed shapes: the twin of `_pass` behind a cache."""
+        position = torch.arange(slots.start, slots.stop, device=x.device)
+        seen = torch.arange(self.plan.n_slots, device=x.device)[None] < slots.stop
+        if (padding := self._padding(condition)) is not None:
+            seen = (seen & F.pad(padding, (0, self.plan.n_slots - padding.shape[1]), value=True))[:, None, None]
+        rope = self._rope(slots, x.device)
+        return step(
+            self, x, None if rope is None else rope.contiguous(), position, seen, self._modulation(condition, slots), cache
+        )
 
     def _transform(self, x: Tensor, context: Context, modulation: Tensor | None) -> Tensor:
         """Hidden states for `_head`, slots along the second axis."""

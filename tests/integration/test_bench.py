@@ -18,13 +18,17 @@ def test_a_bench_of_everything(start, digits, tmp_path):
     command = start(tmp_path, "bench", f"data.path={digits}", *SMALL)
     assert command.wait() == 0, command.log.read_text()
     written = json.loads((tmp_path / "bench.json").read_text())
-    assert {"loader", "tokenizer", "generator", "sampler", "scales", "quantizer"} == set(written["rows"])
+    assert set(written["rows"]) == {
+        "loader", "tokenizer", "generator", "sampler", "scales", "blocks", "attention", "quantizer",
+    }  # fmt: skip
     assert {"device", "threads", "versions", "commit", "config"} <= set(written)
     rows = written["rows"]
     assert rows["sampler"]["ratio"] == rows["sampler"]["cached_images_per_s"] / rows["sampler"]["uncached_images_per_s"]
     assert rows["scales"]["ratio"] == rows["scales"]["next_scale_images_per_s"] / rows["scales"]["next_token_images_per_s"]
     assert (rows["scales"]["next_token_steps"], rows["scales"]["next_scale_steps"]) == (16, 4)
     assert rows["generator"]["held_mib"] == pytest.approx(rows["generator"]["paper_mib"], rel=0.1)
+    assert rows["blocks"]["steps2_ratio"] == rows["blocks"]["steps2_images_per_s"] / rows["blocks"]["next_token_images_per_s"]
+    assert [rows["blocks"][f"steps{steps}_calls"] for steps in (1, 2, 4, 8)] == [2, 3, 5, 9]  # one block, and the class
     for row in rows.values():
         assert row["memory_mib"] > 0
         assert all(value > 0 for value in row.values())

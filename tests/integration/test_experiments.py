@@ -1,8 +1,7 @@
 """Every shipped recipe composes, builds and takes one step: the small ones as they are, the big ones with their widths cut."""
 
-import io
+import json
 import re
-import tarfile
 
 import numpy as np
 import pytest
@@ -27,6 +26,7 @@ TOKENIZERS = {
     **{name: "llamagen_vq16" for name in TEXTS if name.startswith("block") and "llamagen" in name},
     **{name: "gigatok_bl" for name in TEXTS if name.startswith("block") and "gigatok" in name},
     **{name: "flexvar_tokenizer" for name in TEXTS if name.startswith("flexvar_d")},
+    **dict.fromkeys(("cifar10_llamagen", "cifar10_next_scale", "cifar10_block"), "cifar10_multiscale"),
 }  # fmt: skip
 """Whose codes each generator learns here."""
 CUT = {
@@ -101,17 +101,14 @@ def captioned(start, folder):
     """Encodes noise with a caption beside each image; returns the folder of the codes and of the captions' features."""
 
     def encode(tokenizer):
-        random, pixels = np.random.default_rng(0), io.BytesIO()
-        Image.fromarray(random.integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(pixels, "png")
+        random = np.random.default_rng(0)
         for split in ("train", "val"):
-            (folder / "captions" / split).mkdir(parents=True)
-            with tarfile.open(folder / "captions" / split / "0.tar", "w") as tar:
-                for name, content in [
-                    (f"{n}.{e}", c) for n in range(4) for e, c in (("png", pixels.getvalue()), ("txt", b"a dog"))
-                ]:
-                    member = tarfile.TarInfo(name)
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+            (folder / f"texts-{split}").mkdir()
+            for number in range(4):
+                noise = random.integers(0, 256, (256, 256, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(folder / f"texts-{split}" / f"{number}.png")
+                (folder / f"texts-{split}" / f"{number}.txt").write_text("a dog")
+        prepare(str(folder / "texts-{split}"), folder / "captions")
         write_t5(folder / "t5")
         command = start(
             folder, "encode", str(tokenizer), "data=imagenet256", "data.path=captions", "text=t5", "text.path=t5",
@@ -180,6 +177,21 @@ def test_a_generator_of_texts_draws_prompts(take_step, start, folder):
         )
         assert command.wait() == 0, command.log.read_text()
         assert np.load(folder / "drawn" / "codes.npy").shape == (3, 256)
+
+
+@pytest.mark.parametrize(
+    ("how", "numbers"),
+    [
+        (["features.name=dinov2", "features.path=dinov2"], {"fd_dinov2", "network_calls"}),
+        (["measure=likelihood"], {"cross_entropy", "bits_per_token", "bits_per_image"}),
+    ],
+)
+def test_a_generator_of_texts_is_measured_by_captions(take_step, start, folder, how, numbers):
+    data = ["data=imagenet256", "data.path=captions", "count=2", f"out=measured-{len(how)}"]
+    command = start(folder, "evaluate", str(take_step("llamagen_t2i_xl")), *data, *how, "strategy.accelerator=cpu")
+    assert command.wait() == 0, command.log.read_text()
+    (path,) = (folder / f"measured-{len(how)}").glob("*.json")
+    assert set(json.loads(path.read_text())["numbers"]) == numbers
 
 
 @pytest.mark.parametrize("name", sorted(TEXTS))

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from tokar.data.captions import Captions
 from tokar.data.codes import CodeDataset, CodeWriter
+from tokar.data.prepare import prepare, verify
 from tokar.data.shards import ImageDataset
 from tokar.errors import UserError
 from tokar.models.tokenizers.layout import raster_layout
@@ -27,6 +28,43 @@ def write_tar(path, samples):
                 info = tarfile.TarInfo(f"{key}.{extension}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
+
+
+def write_folder(folder, names, captioned=3):
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{name}.png")
+        if number < captioned:
+            (folder / f"{name}.txt").write_text(f"caption of {name}\n")
+
+
+def read_all(folder):
+    images = ImageDataset(folder)
+    captions = Captions(images)
+    return {images.key(i): captions.read(i) for i in range(len(images))}, images
+
+
+@pytest.mark.parametrize("names", [("cat/a", "cat/b.c", "dog/a"), ("a", "b.c", "d")], ids=["classes", "no classes"])
+def test_preparation_takes_captions_along(tmp_path, names):
+    """From a folder, and from the tars that it wrote; images without folders need no class then."""
+    write_folder(tmp_path / "in", names)
+    summary = prepare(str(tmp_path / "in"), tmp_path / "out")["train"]
+    assert (summary["count"], summary["skipped"]) == (3, 0)
+    found, images = read_all(tmp_path / "out")
+    assert found == {name.replace(".", "_"): f"caption of {name}" for name in names}
+    assert sorted(images.labels.tolist()) == ([0, 0, 1] if "/" in names[0] else [-1, -1, -1])
+    prepare(str(tmp_path / "out" / "train"), tmp_path / "again", size=4)
+    assert read_all(tmp_path / "again")[0] == found
+    assert verify(tmp_path / "again") == []
+
+
+def test_a_text_that_is_no_caption_and_an_image_that_has_none(tmp_path):
+    write_folder(tmp_path / "in", ["cat/a", "cat/b"], captioned=1)
+    (tmp_path / "in/cat/notes.txt").write_text("no picture has this name")
+    summary = prepare(str(tmp_path / "in"), tmp_path / "out")["train"]
+    assert (summary["count"], summary["skipped"]) == (2, 1)
+    with pytest.raises(UserError, match=r"'cat/b' has no \.txt"):
+        read_all(tmp_path / "out")
 
 
 def test_every_image_has_its_caption(tmp_path):

@@ -34,7 +34,7 @@ class Sure(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
-    exact = True
+    exact, text = True, None
     token_nll = Generator.token_nll
 
     def logits(self, codes, condition):

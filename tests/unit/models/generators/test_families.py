@@ -7,13 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokar.conf.compose import compose
-from tokar.errors import UserError
 from tokar.models.build import build
+from tokar.models.generators import planned
 from tokar.models.generators.base import Generator
 from tokar.models.generators.diagonal import NAR
 from tokar.models.generators.orders import raster
 from tokar.models.generators.parallel import PAR
 from tokar.models.generators.permuted import RAR
+from tokar.models.generators.static_step import static_step
 from tokar.models.samplers.decode import sample
 from tokar.models.samplers.guidance import parse_schedule
 
@@ -44,12 +45,14 @@ def make(family: str) -> Generator:
 families = pytest.mark.parametrize("family", MAKE)
 
 
+@pytest.mark.parametrize("fixed", [False, True], ids=["", "fixed shapes"])
 @families
 @torch.no_grad()
-def test_steps_with_a_cache_give_the_full_pass(family: str) -> None:
+def test_steps_with_a_cache_give_the_full_pass(family: str, fixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planned, "compiled_step", lambda: static_step)
     generator, condition = make(family), torch.tensor([0, CLASSES, 2])
     codes = torch.randint(VOCAB, (3, generator.plan.n_tokens))
-    full, state = generator.logits(codes, condition), generator.begin(condition)
+    full, state = generator.logits(codes, condition), generator.begin(condition, compile=fixed)
     for unit in range(generator.plan.n_units):
         columns, stepped = generator.plan.columns(unit), generator.propose(state, unit)
         torch.testing.assert_close(stepped, full[:, columns], atol=1e-5, rtol=0)
@@ -140,9 +143,3 @@ def test_guidance_of_rar_follows_its_power_cosine() -> None:
     scales = parse_schedule(guidance).over(raster((16, 16), 2))
     for step in (0, 100, 255):
         assert scales[step] == pytest.approx(1 + 15 * (1 - math.cos(math.pi * (step / 256) ** 2.75)) / 2)
-
-
-@families
-def test_a_compiled_step_that_is_not_there_is_refused(family: str) -> None:
-    with pytest.raises(UserError, match="is not compiled"):
-        make(family).begin(torch.tensor([0]), compile=True)

@@ -12,9 +12,11 @@ from tiny_tokenizers import tiny
 from tokar.conf.compose import compose
 from tokar.errors import UserError
 from tokar.models.build import build
+from tokar.models.generators import planned
 from tokar.models.generators.next_scale import NextScale
 from tokar.models.generators.orders import scales
 from tokar.models.generators.plan import visible
+from tokar.models.generators.static_step import static_step
 from tokar.models.samplers.decode import sample
 from tokar.train.ema import Ema
 from torch import Tensor
@@ -134,11 +136,15 @@ def test_the_temperature_is_bounded() -> None:
     torch.testing.assert_close(generator.logits(codes_of(1), torch.tensor([1]))[0], expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("fixed", [False, True], ids=["", "fixed shapes"])
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_steps_with_a_cache_give_the_full_pass(changes: dict[str, object]) -> None:
+def test_steps_with_a_cache_give_the_full_pass(
+    changes: dict[str, object], fixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planned, "compiled_step", lambda: static_step)
     generator, codes, condition = make(**changes), codes_of(3), torch.tensor([0, 5, 2])
     full = generator.logits(codes, condition)
-    state = generator.begin(condition)
+    state = generator.begin(condition, compile=fixed)
     for unit in range(len(GRIDS)):
         columns = generator.plan.columns(unit)
         stepped = generator.propose(state, unit)

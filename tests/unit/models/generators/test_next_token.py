@@ -6,9 +6,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokar.errors import UserError
+from tokar.models.generators import planned
 from tokar.models.generators.base import Generator
 from tokar.models.generators.conditions import PADDING, SEEN, TextCondition, pack_text
 from tokar.models.generators.next_token import SIZES, NextToken
+from tokar.models.generators.static_step import static_step
 from tokar.models.samplers.decode import sample
 
 GRID, TOKENS, VOCAB = (3, 4), 12, 20
@@ -81,17 +83,15 @@ def test_a_unit_proposed_twice_changes_nothing() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-def test_fixed_shape_steps_equal_the_others(kind: str) -> None:
+def test_fixed_shape_steps_equal_the_others(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step that torch.compile gets, run uncompiled."""
+    monkeypatch.setattr(planned, "compiled_step", lambda: static_step)
     generator = make_kind(kind)
     codes, condition = torch.randint(VOCAB, (3, TOKENS)), conditions(generator)
-    state = generator.begin(condition)
-    generator.propose(state, 0)
-    full = generator.logits(codes, condition)
-    for unit in range(1, TOKENS):
-        slot = torch.tensor([generator.plan.prefix + unit])
-        logits = generator._step(codes[:, unit - 1 : unit], condition, slot, state.cache)
-        torch.testing.assert_close(logits[:, 0], full[:, unit], atol=1e-5, rtol=0)
+    full, state = generator.logits(codes, condition), generator.begin(condition, compile=True)
+    for unit in range(TOKENS):
+        torch.testing.assert_close(generator.propose(state, unit)[:, 0], full[:, unit], atol=1e-5, rtol=0)
+        generator.commit(state, unit, codes[:, unit : unit + 1])
 
 
 @pytest.mark.parametrize("kind", KINDS)

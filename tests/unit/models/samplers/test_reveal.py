@@ -65,22 +65,40 @@ def test_given_codes_stay_and_are_seen_from_the_start(how: dict[str, object]) ->
 @pytest.mark.parametrize(
     ("how", "calls"),
     [
-        ({}, 1 + 16 + 1),  # the class, a step for each token, one clean pass: the last block needs none
-        ({"steps": 2}, 1 + 4 + 1),
-        ({"steps": 1}, 1 + 2 + 1),
-        ({"steps": {"kind": "linear", "first": 1, "value": 3}}, 1 + 3 + 1),  # 1 and, halfway, 2
-        ({"sub_block": 4, "steps": 2}, 1 + 8 + 1),
-        ({"sub_block": 4, "steps": 2, "sub_block_cache": True}, 1 + 8 + 1),
-        ({"reveal": "threshold", "threshold": 0.0}, 1 + 2 + 1),
-        ({"reveal": "threshold", "threshold": 1.0}, 1 + 16 + 1),
-        ({"reveal": "entropy", "entropy_budget": 1e9}, 1 + 2 + 1),
-        ({"reveal": "entropy", "entropy_budget": 0.0}, 1 + 16 + 1),
+        ({}, 1 + 16),  # the class, a step for each token; the next block brings a clean one along
+        ({"steps": 2}, 1 + 4),
+        ({"steps": 1}, 1 + 2),
+        ({"steps": {"kind": "linear", "first": 1, "value": 3}}, 1 + 3),  # 1 and, halfway, 2
+        ({"sub_block": 4, "steps": 2}, 1 + 8),
+        ({"sub_block": 4, "steps": 2, "sub_block_cache": True}, 1 + 8),
+        ({"reveal": "threshold", "threshold": 0.0}, 1 + 2),
+        ({"reveal": "threshold", "threshold": 1.0}, 1 + 16),
+        ({"reveal": "entropy", "entropy_budget": 1e9}, 1 + 2),
+        ({"reveal": "entropy", "entropy_budget": 0.0}, 1 + 16),
     ],
 )
 def test_calls_are_counted(how: dict[str, object], calls: int) -> None:
     tally = Tally()
     sample(GENERATORS[False], CONDITION, seed=0, tally=tally, max_batch=4, **how)
     assert (tally.calls, tally.batches, tally.calls_per_image) == (2 * calls, 2, calls)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "passes"),
+    [
+        (1.0, [(4, 1), (4, 8), (4, 8), (4, 16), (4, 8)]),  # rows and slots: class, block, block, clean with the next, block
+        (2.0, [(8, 1), (8, 8), (8, 8), (8, 16), (8, 8)]),  # both halves together, the clean pass too
+        ("step:2,start=0.4", [(4, 1), (4, 8), (4, 8), (4, 8), (4, 9), (8, 8), (8, 8)]),  # the other half joins for block two
+        ({"kind": "interval", "value": 2, "stop": 0.4}, [(8, 1), (8, 8), (8, 8), (4, 16), (4, 8)]),  # and leaves after one
+    ],
+    ids=str,
+)
+def test_rows_that_the_network_computes(guidance: object, passes: list[tuple[int, int]]) -> None:
+    generator, seen = GENERATORS[False], list[tuple[int, int]]()
+    hook = generator.transformer.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[:2])))
+    sample(generator, CONDITION[:4], seed=0, guidance=guidance, steps=2)
+    hook.remove()
+    assert seen == passes
 
 
 def test_calls_of_next_token() -> None:
