@@ -11,6 +11,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,6 +52,24 @@ class Engine(ABC):
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, averaged over ranks, to what is there."""
         loss.backward()
+
+    def follow(self) -> None:
+        """Let masters that are not the weights themselves follow parameters that a forward moves (a part's `moving`).
+
+        Right behind the forward of the part that moves them, before anything lets go of gathered weights.
+        """
+        for prefix, part in self.module.named_modules():
+            for name in getattr(part, "moving", ()):
+                full = f"{prefix}.{name}".lstrip(".")
+                pieces = [piece for piece in self.pieces if piece.name == full]
+                part.register_forward_hook(partial(self._follow, name, pieces), prepend=True)
+
+    @torch.no_grad()
+    def _follow(self, name: str, pieces: list[Piece], part: nn.Module, *_: Any) -> None:
+        if part.training:
+            moved = getattr(part, name).detach().reshape(-1)
+            for piece in pieces:
+                piece.write(self.masters[piece.master].detach(), moved[piece.start : piece.start + piece.count])
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -126,6 +145,7 @@ class FullySharded(Engine):
         ]
         self.pieces = [piece for piece in pieces if piece.count]
         self.optimizer = make_optimizer(optim, module, [(piece.name, self.masters[piece.master]) for piece in self.pieces])
+        self.follow()
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:

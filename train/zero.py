@@ -66,6 +66,7 @@ class Zero(Engine):
         flat = self._zero.fp32_partitioned_groups_flat if stage == 3 else self._zero.single_partition_of_fp32_groups
         self.masters = list(flat)
         self.pieces = self._pieces_of_three() if stage == 3 else self._pieces_of_two()
+        self.follow()
 
     def _config(self, strategy: Strategy) -> dict[str, Any]:
         elements = strategy.bucket_mib * MIB // 4

@@ -166,6 +166,19 @@ def test_bf16_stays_near_fp32(generators, strategy):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp", "zero2", "zero3"])
+def test_codes_that_a_forward_moves_move_in_shards_too(tokenizers, strategy):
+    # 512 codes for 384 vectors of each rank: some are dead from the second step on. Ranks draw alike under every strategy.
+    more = ["tokenizer.quantizer.codebook_size=512", "tokenizer.quantizer.restart_after=1", "discriminator=null",
+            "losses.adaptive=false", "losses.r1_weight=0", "losses.lecam_weight=0"]  # fmt: skip
+    whole = tokenizers.run("moving", 2, *STRATEGIES["ddp"], *more)
+    still = tokenizers.run("still", 2, *STRATEGIES["ddp"], *more, "tokenizer.quantizer.restart_after=0")
+    shared = tokenizers.run(f"moving-{strategy}", 2, *STRATEGIES[strategy], *more)
+    assert worst(metrics(whole), metrics(shared))[0] < FP32, worst(metrics(whole), metrics(shared))
+    assert worst(metrics(whole), metrics(still))[0] > 0.01
+
+
+@pytest.mark.slow
 def test_consolidated_weights_are_the_parts_put_together(tokenizers, tmp_path):
     from tokar.models.build import export_model, load_model
 
