@@ -26,6 +26,7 @@ from ..models.kernels import choose
 from .engines import make_engine
 from .network import Network, Trainable
 from .pieces import take_stock
+from .rendezvous import environment
 from .scaler import LossScaler
 from .units import compile_units, recompute
 
@@ -76,7 +77,9 @@ class Workers:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config
+        found = environment(config.nodes, config.devices)
         self.fabric = Fabric(
+            plugins=found,
             accelerator=config.accelerator,
             strategy="auto" if config.name == "single" else self._processes(config),
             devices=config.devices,
@@ -160,6 +163,25 @@ class Workers:
         if self.world == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def check_agreement(self, fingerprint: str) -> None:
+        """Every rank must have been started with the same config.
+
+        Args:
+            fingerprint: SHA-256 of the config, in hex.
+
+        Raises:
+            UserError: some ranks have another than rank 0; raised on all of them.
+        """
+        if self.world == 1:
+            return
+        own = torch.tensor(
+            [int(fingerprint[:12], 16)], device=self.device
+        )  # 48 bits: exact also where int64 goes by way of fp64
+        theirs = torch.as_tensor(self.fabric.all_gather(own)).flatten().tolist()
+        if others := [rank for rank, value in enumerate(theirs) if value != theirs[0]]:
+            what = f"ranks {', '.join(map(str, others))} were started with another config than rank 0"
+            raise UserError(what, where="strategy", fix="start all of them with the same command and the same code")
 
     def warn(self, line: str) -> None:
         """Tell the user, once for all ranks."""
