@@ -10,8 +10,8 @@ from pathlib import Path
 from ..errors import UserError
 
 _FIXES = (
-    ("partition", "set cluster.partition to one that `sinfo` lists"),
     ("account", "set cluster.account to one that `sacctmgr show associations` lists for you"),
+    ("partition", "set cluster.partition to one that `sinfo` lists"),
     ("qos", "set cluster.qos to one that you may use"),
     ("node configuration|feature|Node count", "ask for what the nodes have: sinfo -o '%P %D %c %m %G %f'"),
     ("time", "set cluster.time within the partition's limit (`sinfo -o '%P %l'`)"),

@@ -87,6 +87,8 @@ def plan(stage: str, overrides: Sequence[str], cluster: Cluster, folder: Path | 
     Raises:
         UserError: a problem of the config, or a run folder that another config made.
     """
+    if stage not in ONCE:
+        _check_ranks(overrides, cluster)
     composed = compose(stage, overrides)
     if stage in ONCE:
         return Task(
@@ -101,25 +103,23 @@ def plan(stage: str, overrides: Sequence[str], cluster: Cluster, folder: Path | 
     return Task((stage, *words), run_folder(composed), composed)
 
 
-def _ranks(composed: Composed, cluster: Cluster) -> list[str]:
-    """The overrides that give a config the cluster's ranks.
+def _check_ranks(overrides: Sequence[str], cluster: Cluster) -> None:
+    """Refuse overrides that ask for another number of ranks than the cluster."""
+    wanted = {"strategy.nodes": ("cluster.nodes", cluster.nodes), "strategy.devices": ("cluster.tasks_per_node", cluster.tasks)}
+    for text in overrides:
+        key, _, value = text.lstrip("+").partition("=")
+        if key in wanted and value != str(wanted[key][1]):
+            ours, count = wanted[key]
+            raise UserError(f"is {value}, but {ours} makes it {count}", where=key, fix=f"leave it out, or set {ours}={value}")
 
-    Raises:
-        UserError: the user's overrides ask for another number.
-    """
-    wanted = {"nodes": cluster.nodes, "devices": cluster.tasks}
+
+def _ranks(composed: Composed, cluster: Cluster) -> list[str]:
+    """The overrides that give a config the cluster's ranks."""
+    ranks = [f"strategy.nodes={cluster.nodes}", f"strategy.devices={cluster.tasks}"]
     named = {text.lstrip("+~").partition("=")[0] for text in composed.overrides}
-    own = composed.typed.strategy
-    for name, count in wanted.items():
-        if f"strategy.{name}" in named and getattr(own, name) != count:
-            ours = "cluster.nodes" if name == "nodes" else "cluster.tasks_per_node"
-            what = f"is {getattr(own, name)}, but {ours} makes it {count}"
-            raise UserError(what, where=f"strategy.{name}", fix=f"leave it out, or set {ours}={getattr(own, name)}")
-    if own.name == "single" and "strategy" not in named:
-        if cluster.nodes * cluster.tasks == 1:
-            return []
-        return ["strategy=ddp", *(f"strategy.{name}={count}" for name, count in wanted.items())]
-    return [f"strategy.{name}={count}" for name, count in wanted.items()]
+    if composed.typed.strategy.name != "single" or "strategy" in named:
+        return ranks
+    return ["strategy=ddp", *ranks] if cluster.nodes * cluster.tasks > 1 else []
 
 
 def script_of(job: Job, code: Path) -> str:
