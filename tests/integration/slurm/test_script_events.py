@@ -1,4 +1,4 @@
-"""The job script under every event of a real Slurm, with ranks that are a few lines of shell: what is requeued and what is not."""
+"""The job script under every event of a real Slurm, with ranks of a few lines of shell: what is requeued and what is not."""
 
 import json
 import re
