@@ -34,7 +34,7 @@ class Cluster(Node):
     max_crashes: NonNegativeInt = Field(3, description="starts again after so many crashes; a stop by a signal is none")
     launcher: Literal["srun", "torchrun"] = Field("srun", description="srun starts every process, or one torchrun on each node")
     container: Text | None = Field(None, description="image for srun's --container-image (pyxis); null: none")
-    container_mounts: list[Text] = Field([], description="FROM:TO besides the working directory and the snapshot of the code")
+    container_mounts: list[Text] = Field([], description="FROM:TO besides the working directory and the run folder")
     modules: list[Text] = Field([], description="loaded before the start: module load …")
     setup: list[Text] = Field([], description="lines of shell before the start")
     environment: dict[str, Any] = Field({}, description="variables of all processes, e.g. NCCL's")

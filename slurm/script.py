@@ -103,7 +103,7 @@ def fill(template: str, values: Mapping[str, Any]) -> str:
 def _container(job: Job, here: Path) -> list[str]:
     if not job.cluster.container:
         return []
-    mounts = [f"{place}:{place}" for place in dict.fromkeys((here, job.state))]
+    mounts = [f"{place}:{place}" for place in dict.fromkeys((here, job.state.parent))]
     return [f"--container-image={job.cluster.container}", f"--container-workdir={here}",
             f"--container-mounts={','.join([*mounts, *job.cluster.container_mounts])}"]  # fmt: skip
 

@@ -49,10 +49,10 @@ def test_modules_variables_and_lines_of_shell_come_before_the_start():
     assert order == sorted(order)
 
 
-def test_a_container_sees_the_working_directory_and_the_code():
+def test_a_container_sees_the_working_directory_and_the_run_folder():
     text = script("cluster=container8")
     assert "'--container-image=nvcr.io#nvidia/pytorch:25.06-py3' --container-workdir=/home/me" in text
-    assert "'--container-mounts=/home/me:/home/me,/runs/a b/slurm:/runs/a b/slurm'" in text
+    assert "'--container-mounts=/home/me:/home/me,/runs/a b:/runs/a b'" in text
 
 
 def test_what_runs_in_one_process_is_started_once():
