@@ -156,7 +156,7 @@ def test_a_run_through_every_event_ends_as_if_there_had_been_none(cluster, login
 @pytest.mark.slow
 def test_twenty_signals_at_random_moments_never_hang(cluster, digits, tmp_path, login, capsys):
     """Ranks of a few milliseconds a step; real signals of Slurm, each to be answered by a checkpoint and an end."""
-    words = ["classifier", "classifier.width=4", "loop.duration=100000", "loop.log_every=50", "loop.eval_samples=8", "name=run",
+    words = ["classifier", "classifier.width=8", "loop.duration=100000", "loop.log_every=50", "loop.eval_samples=8", "name=run",
              *common(digits), "strategy=ddp", "strategy.nodes=2", "strategy.devices=1"]  # fmt: skip
     program = Path(__file__).parents[2] / "support" / "ranks.py"
     script = tmp_path / "storm.sh"
