@@ -26,6 +26,7 @@ from ..models.kernels import choose
 from .engines import make_engine
 from .network import Network, Trainable
 from .pieces import take_stock
+from .rendezvous import environment
 from .scaler import LossScaler
 from .units import compile_units, recompute
 from .watch import Watch
@@ -77,7 +78,9 @@ class Workers:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config
+        found = environment(config.nodes, config.devices)
         self.fabric = Fabric(
+            plugins=found,
             accelerator=config.accelerator,
             strategy="auto" if config.name == "single" else self._processes(config),
             devices=config.devices,
@@ -163,6 +166,24 @@ class Workers:
         if self.world == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def check_agreement(self, fingerprint: str) -> None:
+        """Every rank must have been started with the same config.
+
+        Args:
+            fingerprint: SHA-256 of the config, in hex.
+
+        Raises:
+            UserError: some ranks have another than rank 0; raised on all of them.
+        """
+        if self.world == 1:
+            return
+        marks = torch.zeros(self.world, dtype=torch.int64, device=self.device)
+        marks[self.rank] = int(fingerprint[:12], 16)
+        theirs = self.sum(marks).tolist()
+        if others := [rank for rank, value in enumerate(theirs) if value != theirs[0]]:
+            what = f"ranks {', '.join(map(str, others))} were started with another config than rank 0"
+            raise UserError(what, where="strategy", fix="start all of them with the same command and the same code")
 
     def warn(self, line: str) -> None:
         """Tell the user, once for all ranks."""
