@@ -3,50 +3,37 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from .commands import COMMANDS, GROUPS, Command, say
-from .errors import EXIT_USER_ERROR, FULL_DISK, UserError, nearest, of_system
+from .errors import UserError, nearest, told_in_lines
 
 EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141
 """What shells report for a process ended by SIGINT and by SIGPIPE."""
-_PATH_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
-"""A path that cannot be written; with a full disk, faults of the machine or of a path given, not of the code."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `tokar ARGUMENTS`; a mistake of the user is one line and exit code 2, a fault of the code a traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = _dispatch(arguments)
-        sys.stdout.flush()
-        return code
+        return told_in_lines(lambda: _dispatch(arguments))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
         return EXIT_BROKEN_PIPE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except (UserError, OSError) as error:
-        if os.environ.get("TOKAR_DEBUG") == "1" or not _is_told_in_lines(error):
-            raise
-        for line in _lines(error):
-            sys.stderr.write(f"tokar: {line}\n")
-        return EXIT_USER_ERROR
-
-
-def _is_told_in_lines(error: Exception) -> bool:
-    return isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in FULL_DISK | _PATH_ERRORS)
-
-
-def _lines(error: UserError | OSError) -> list[str]:
-    return (error if isinstance(error, UserError) else of_system(error)).lines
 
 
 def _dispatch(words: list[str]) -> int:
+    code = _run(words)
+    sys.stdout.flush()
+    return code
+
+
+def _run(words: list[str]) -> int:
     if words[:1] == ["--version"]:
         return say(f"tokar {_version()}")
     if words[:1] == ["__complete"]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,13 +61,6 @@ def _completion(arguments: Arguments) -> int:
     return say(SCRIPTS[arguments.shell])
 
 
-def positional(key: str, path: str) -> str:
-    """A path given by position as the override of its key, quoted for Hydra's grammar."""
-    # a backslash means itself there, except before a quote
-    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), path)
-    return f"{key}='{escaped}'"
-
-
 def _data_prepare(arguments: Arguments) -> int:
     from .conf.compose import compose
 
@@ -110,8 +102,9 @@ def _train(arguments: Arguments) -> int:
 
 def _encode(arguments: Arguments) -> int:
     from .conf.compose import compose
+    from .conf.overrides import quoted
 
-    composed = compose("encode", [positional("model", arguments.run), *arguments.overrides])
+    composed = compose("encode", [quoted("model", arguments.run), *arguments.overrides])
     from .train.encode import encode
 
     return encode(composed)
@@ -119,8 +112,9 @@ def _encode(arguments: Arguments) -> int:
 
 def _sample(arguments: Arguments) -> int:
     from .conf.compose import compose
+    from .conf.overrides import quoted
 
-    composed = compose("sample", [positional("model", arguments.run), *arguments.overrides])
+    composed = compose("sample", [quoted("model", arguments.run), *arguments.overrides])
     from .train.sample import sample
 
     return sample(composed)
@@ -128,8 +122,9 @@ def _sample(arguments: Arguments) -> int:
 
 def _evaluate(arguments: Arguments) -> int:
     from .conf.compose import compose
+    from .conf.overrides import quoted
 
-    composed = compose("evaluate", [positional("target", arguments.target), *arguments.overrides])
+    composed = compose("evaluate", [quoted("target", arguments.target), *arguments.overrides])
     from .evaluate.run import evaluate
 
     return evaluate(composed)
@@ -137,8 +132,9 @@ def _evaluate(arguments: Arguments) -> int:
 
 def _probe(arguments: Arguments) -> int:
     from .conf.compose import compose
+    from .conf.overrides import quoted
 
-    tokenizer = positional("codes.tokenizer", arguments.run)
+    tokenizer = quoted("codes.tokenizer", arguments.run)
     compose("generator", ["experiment=ar_probe", tokenizer, *arguments.overrides])  # its errors before the slow imports
     from .train.probe import probe
 
@@ -232,6 +228,42 @@ def _export(arguments: Arguments) -> int:
     return say(f"{export_model(Path(arguments.run), out, ema=not arguments.raw)}: model and config")
 
 
+def _slurm_submit(arguments: Arguments) -> int:
+    from .slurm.submit import submit
+
+    return submit(arguments.stage, arguments.overrides, arguments.dry_run)
+
+
+def _slurm_pipeline(arguments: Arguments) -> int:
+    from .slurm.pipeline import pipeline
+
+    return pipeline(arguments.overrides, arguments.dry_run)
+
+
+def _slurm_status(arguments: Arguments) -> int:
+    from .slurm.jobs import status
+
+    return table(list(status([Path(run) for run in arguments.runs])))
+
+
+def _slurm_logs(arguments: Arguments) -> int:
+    from .slurm.jobs import logs
+
+    return logs(Path(arguments.run), arguments.lines, arguments.follow)
+
+
+def _slurm_stop(arguments: Arguments) -> int:
+    from .slurm.jobs import stop
+
+    return stop(Path(arguments.run), arguments.now)
+
+
+def _slurm_requeue(arguments: Arguments) -> int:
+    from .slurm.jobs import requeue
+
+    return requeue(Path(arguments.run), arguments.now)
+
+
 def argument(*names: str, **settings: Any) -> Argument:
     """An argument as `ArgumentParser.add_argument` takes it."""
     return names, settings
@@ -242,6 +274,8 @@ MULTIRUN = argument("-m", "--multirun", action="store_true", help="run every com
 OBJECTIVE = argument("--objective", metavar="METRIC", help="with --multirun: the metric that a sweeper minimises")
 TRAINING = (OVERRIDES, MULTIRUN, OBJECTIVE)
 RUN = "a run, a checkpoint or an exported model"
+DRY_RUN = argument("--dry-run", action="store_true", help="print what would be submitted")
+JOB_RUN = argument("run", metavar="RUN", help="a run folder that was submitted")
 
 GROUPS: dict[str, tuple[Command, ...]] = {
     "Data": (
@@ -280,6 +314,28 @@ GROUPS: dict[str, tuple[Command, ...]] = {
                 (argument("runs", nargs="+", metavar="RUN", help="run folders"),
                  argument("--out", metavar="FILE", help="default: report.html in the run, or here for several")),
                 example="tokar report runs/digits_vqgan runs/digits_llamagen --out report.html"),
+    ),
+    "On a Slurm cluster (read on: slurm/README.md)": (
+        Command("slurm submit", "submit a stage as a job that saves and requeues itself", _slurm_submit,
+                (argument("stage", metavar="STAGE", help="tokenizer, generator, classifier, encode, sample or evaluate"),
+                 OVERRIDES, DRY_RUN), example="tokar slurm submit tokenizer experiment=digits_vqgan cluster=node8",
+                read_on="slurm/README.md; keys of the cluster: tokar config show slurm --explain"),
+        Command("slurm pipeline", "submit a chain of jobs: conf/pipeline", _slurm_pipeline, (OVERRIDES, DRY_RUN),
+                example="tokar slurm pipeline experiment=digits cluster=cpu generator:optim.lr=1e-3",
+                read_on="slurm/README.md"),
+        Command("slurm status", "say what became of jobs", _slurm_status,
+                (argument("runs", nargs="+", metavar="RUN", help="run folders that were submitted"),),
+                example="tokar slurm status runs/digits_vqgan"),
+        Command("slurm logs", "show the end of a job's log", _slurm_logs,
+                (JOB_RUN, argument("--lines", type=int, default=40, metavar="N", help="how many; default: 40"),
+                 argument("--follow", action="store_true", help="go on showing what is added")),
+                example="tokar slurm logs runs/digits_vqgan --follow"),
+        Command("slurm stop", "let a job save and end, without a requeue", _slurm_stop,
+                (JOB_RUN, argument("--now", action="store_true", help="cancel it instead")),
+                example="tokar slurm stop runs/digits_vqgan"),
+        Command("slurm requeue", "let a job save and start again, or submit one that ended", _slurm_requeue,
+                (JOB_RUN, argument("--now", action="store_true", help="do not wait until it has saved")),
+                example="tokar slurm requeue runs/digits_vqgan"),
     ),
     "Config": (
         Command("config show", "print the config that a command would use", _config_show,

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Iterable, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 EXIT_USER_ERROR = 2
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_PATH_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+"""A path that cannot be written; with a full disk, faults of the machine or of a path given, not of the code."""
 
 
 class UserError(Exception):
@@ -65,6 +69,19 @@ def of_system(error: OSError, where: object = None, fix: str = "") -> UserError:
         if place := next(places, None):
             return UserError("is a file, a folder is needed here", where=place, fix=fix)
     return UserError((error.strerror or str(error)).lower(), where=where, fix=fix)
+
+
+def told_in_lines(action: Callable[[], int]) -> int:
+    """Exit code of `action`; a mistake of the user is told on the standard error. `TOKAR_DEBUG=1` lets it through."""
+    try:
+        return action()
+    except (UserError, OSError) as error:
+        ours = isinstance(error, UserError) or error.errno in FULL_DISK | _PATH_ERRORS
+        if os.environ.get("TOKAR_DEBUG") == "1" or not ours:
+            raise
+        for line in (error if isinstance(error, UserError) else of_system(error)).lines:
+            sys.stderr.write(f"tokar: {line}\n")
+        return EXIT_USER_ERROR
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

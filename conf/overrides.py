@@ -104,6 +104,15 @@ def canonical(override: Override) -> str:
     return f"{sign}{place}={value if isinstance(value, str) else override.get_value_element_as_str()}"
 
 
+def quoted(key: str, text: str) -> str:
+    """The override that gives `key` a text whatever its characters, in Hydra's grammar."""
+    if re.fullmatch(r"(?=.*[/_-])[A-Za-z_./][\w./=~+-]*", text):  # nothing that could be read as a number, null or true
+        return f"{key}={text}"
+    # a backslash means itself there, except before a quote
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), text)
+    return f"{key}='{escaped}'"
+
+
 def is_hydras(key: str) -> bool:
     """A key of Hydra itself: where a sweep runs and what makes its points."""
     return re.match(r"hydra[./]", key) is not None

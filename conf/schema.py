@@ -12,6 +12,7 @@ from pydantic import Field
 
 from ..ranges import NonNegativeInt, PositiveFloat, PositiveInt
 from .nodes import Component, Node, Text
+from .slurm import Slurm
 from .spine import Data, Paths, Strategy
 from .stages import ClassifierRun, GeneratorRun, Sampling, TokenizerParts, TokenizerRun
 
@@ -165,6 +166,7 @@ SCHEMAS: dict[str, type[Node]] = {
     "sample": Sample,
     "evaluate": Evaluate,
     "bench": Bench,
+    "slurm": Slurm,
 }
 FILLED: dict[str, frozenset[str]] = {
     "tokenizer": frozenset(),

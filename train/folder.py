@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -10,6 +9,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ import yaml
 from ..conf.compose import Composed, differences
 from ..errors import UserError, of_system
 from ..evaluate.protocol import write_whole
+from .lock import Lock
 
 CONFIG_NAME, ENVIRONMENT_NAME = "config.yaml", "environment.json"
+WRITABLE = "set paths.runs and name to a folder you can write"
 _PACKAGES = ("torch", "lightning", "numpy", "webdataset", "hydra-core", "simplejpeg", "safetensors", "wandb", "deepspeed")
 
 
@@ -30,12 +32,16 @@ def run_folder(composed: Composed) -> Path:
 
 
 def default_name(composed: Composed) -> str:
-    """E.g. `digits_vqgan-optim.lr=3e-4`; a long one ends in a hash instead of being cut."""
+    """E.g. `digits_vqgan-optim.lr=3e-4`."""
     from ..conf.compose import is_neutral
 
-    base = composed.typed.experiment or composed.typed.stage
     tags = [text for text in composed.overrides if not is_neutral(text.lstrip("+~").split("=")[0])]
-    tags = sorted(tag for tag in tags if not tag.startswith("experiment="))
+    return tagged_name(composed.typed.experiment or composed.typed.stage, tags)
+
+
+def tagged_name(base: str, overrides: Sequence[str]) -> str:
+    """`base` followed by overrides; a long one ends in a hash instead of being cut."""
+    tags = sorted(text for text in overrides if not text.startswith("experiment="))
     name = "-".join([base, *(re.sub(r"[^\w.=,+~-]+", "_", tag) for tag in tags)])
     return name if len(name) <= 100 else f"{base}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
@@ -51,35 +57,34 @@ class RunFolder:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / ".lock").open("a")
+            self._lock = Lock(path)
         except OSError as error:
-            raise of_system(error, path, fix="set paths.runs and name to a folder you can write") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                "another process trains in this run folder", where=path, fix="wait for it, stop it, or set name=…"
-            ) from error
-        self._check_config(composed)
+            raise of_system(error, path, fix=WRITABLE) from error
+        check_made_with(path, composed)
         _write_snapshot(path, composed)
 
-    def _check_config(self, composed: Composed) -> None:
-        """What was saved here must have been made with this config; where nothing was, there is nothing to mix up."""
-        if not (self.path / CONFIG_NAME).exists() or not any(self.path.glob("checkpoints/step-*/COMPLETE")):
-            return
-        earlier = read_config(self.path)
-        if earlier.get("stage") != composed.plain["stage"]:
-            what = f"this is a run of the stage {earlier.get('stage')!r}"
-            raise UserError(what, where=self.path, fix="set name=… for a new run")
-        named = [text.lstrip("+~").split("=")[0].replace("/", ".") for text in composed.overrides]
-        changed = differences(composed.plain, earlier, named)
-        if changed:
-            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-            raise UserError(
-                f"this run was made with another config: {', '.join(changed[:5])}{more}",
-                where=self.path,
-                fix="set name=… for a new run (with resume_from=… to go on from this one), or undo the change",
-            )
+
+def check_made_with(path: Path, composed: Composed) -> None:
+    """What was saved in a run folder must have been made with this config; where nothing was, there is nothing to mix up.
+
+    Raises:
+        UserError: another config, or another stage, made it.
+    """
+    if not (path / CONFIG_NAME).exists() or not any(path.glob("checkpoints/step-*/COMPLETE")):
+        return
+    earlier = read_config(path)
+    if earlier.get("stage") != composed.plain["stage"]:
+        what = f"this is a run of the stage {earlier.get('stage')!r}"
+        raise UserError(what, where=path, fix="set name=… for a new run")
+    named = [text.lstrip("+~").split("=")[0].replace("/", ".") for text in composed.overrides]
+    changed = differences(composed.plain, earlier, named)
+    if changed:
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise UserError(
+            f"this run was made with another config: {', '.join(changed[:5])}{more}",
+            where=path,
+            fix="set name=… for a new run (with resume_from=… to go on from this one), or undo the change",
+        )
 
 
 def _write_snapshot(path: Path, composed: Composed) -> None:

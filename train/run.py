@@ -15,6 +15,7 @@ import torch
 
 from ..conf.compose import Composed, compose
 from ..conf.duration import Duration
+from ..data.files import digest_of
 from . import checkpoint
 from .clock import Clock
 from .folder import RunFolder, run_folder
@@ -30,12 +31,19 @@ def train(stage: str, overrides: Sequence[str]) -> int:
     return start(compose(stage, overrides))
 
 
-def start(composed: Composed) -> int:
-    """Run a training stage whose config is checked; returns the exit code."""
+def start(composed: Composed, stop: StopFlag | None = None) -> int:
+    """Run a training stage whose config is checked; returns the exit code.
+
+    Args:
+        composed: its config.
+        stop: the flag of a caller that took over the signals before the imports; `None`: they are taken over here.
+    """
     workers = Workers(composed.typed.strategy)
     workers.launch()
-    stop = StopFlag()
-    stop.install()
+    if stop is None:
+        stop = StopFlag()
+        stop.install()
+    workers.check_agreement(digest_of(composed.plain))
     return run(composed, workers, stop)
 
 

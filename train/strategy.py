@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from ..conf.spine import Ema as EmaConfig
 from ..conf.spine import Optim
 from ..conf.spine import Strategy as StrategyConfig
+from ..errors import UserError
 from ..models.build import pick_device
 from ..models.generators.base import Generator
 from ..models.kernels import choose
 from .ema import Ema
 from .optim import make_optimizer
+from .rendezvous import environment
 
 _PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -95,7 +97,9 @@ class Workers:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config
+        found = environment(config.nodes, config.devices)
         self.fabric = Fabric(
+            plugins=found,
             accelerator=config.accelerator,
             strategy="ddp" if config.name == "ddp" else "auto",
             devices=config.devices,
@@ -155,6 +159,25 @@ class Workers:
         if self.world == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def check_agreement(self, fingerprint: str) -> None:
+        """Every rank must have been started with the same config.
+
+        Args:
+            fingerprint: SHA-256 of the config, in hex.
+
+        Raises:
+            UserError: some ranks have another than rank 0; raised on all of them.
+        """
+        if self.world == 1:
+            return
+        own = torch.tensor(
+            [int(fingerprint[:12], 16)], device=self.device
+        )  # 48 bits: exact also where int64 goes by way of fp64
+        theirs = torch.as_tensor(self.fabric.all_gather(own)).flatten().tolist()
+        if others := [rank for rank, value in enumerate(theirs) if value != theirs[0]]:
+            what = f"ranks {', '.join(map(str, others))} were started with another config than rank 0"
+            raise UserError(what, where="strategy", fix="start all of them with the same command and the same code")
 
     def warn(self, line: str) -> None:
         """Tell the user, once for all ranks."""

@@ -7,7 +7,7 @@ import sys
 import pytest
 from tokar import cli, commands
 from tokar.cli import find_command, main, parse
-from tokar.commands import COMMANDS, positional
+from tokar.commands import COMMANDS
 from tokar.errors import UserError
 
 RECIPE = "experiment=digits_classifier"
@@ -130,8 +130,9 @@ def test_options_may_stand_between_overrides():
 @pytest.mark.parametrize("path", ["runs/a-optim.lr=1e-3", "it's (here), [now]", "back\\slash", "a b", "it\\'s\\"])
 def test_positions_become_overrides_whatever_the_path(path):
     from tokar.conf.compose import compose
+    from tokar.conf.overrides import quoted
 
-    assert compose("sample", [positional("model", path)]).typed.model == path
+    assert compose("sample", [quoted("model", path)]).typed.model == path
 
 
 def test_debug_shows_the_traceback(monkeypatch):

@@ -1,0 +1,1 @@
+"""Jobs of a Slurm cluster: written, submitted, watched, and what their processes run."""

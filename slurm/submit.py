@@ -1,0 +1,161 @@
+"""`tokar slurm submit`: check the config, copy the code, write the job's script, hand it to Slurm."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..conf.compose import TRAINING, Composed, compose
+from ..conf.overrides import quoted
+from ..conf.slurm import Cluster, Slurm
+from ..errors import UserError, nearest, of_system
+from ..evaluate.console import say
+from ..evaluate.protocol import write_whole
+from ..train.folder import WRITABLE, check_made_with, default_name, run_folder, tagged_name
+from .client import sbatch
+from .rank import ONCE
+from .script import Job, render
+from .snapshot import snapshot
+
+STATE, JOBS_NAME, CONFIG_NAME = "slurm", "jobs.jsonl", "config.yaml"
+STAGES = (*TRAINING, "encode", "sample", "evaluate")
+"""What a job can run."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A checked task of a job.
+
+    Args:
+        words: for `tokar.slurm.rank`.
+        folder: what it makes: the run folder, the codes, or for evaluations the folder of the job.
+        composed: its config; `None` for a report.
+    """
+
+    words: tuple[str, ...]
+    folder: Path
+    composed: Composed | None
+
+
+def submit(stage: str, overrides: Sequence[str], dry_run: bool) -> int:
+    """Submit one stage as a job, or print its script; returns the exit code."""
+    if stage not in STAGES:
+        raise UserError("no such stage", where=stage, fix=nearest(stage, STAGES))
+    own, asked = split_overrides(overrides)
+    config: Slurm = compose("slurm", asked).typed
+    task = plan(stage, own, config.cluster)
+    job = Job(
+        task.folder.name, (task.folder / STATE).absolute(), [task.words], config.cluster, ["slurm", "submit", stage, *overrides]
+    )
+    if dry_run:
+        say(script_of(job, Path("CODE")).rstrip("\n"))
+        return 0
+    number = hand_in(job, [task])
+    for line in (f"{task.folder}: job {number} is submitted", *hints(task.folder)):
+        say(line)
+    return 0
+
+
+def hints(folder: Path) -> list[str]:
+    """The commands to watch and stop a job."""
+    run = shlex.quote(str(folder))
+    return [f"  watch: tokar slurm logs {run} --follow   (or: tokar slurm status {run})", f"  stop:  tokar slurm stop {run}"]
+
+
+def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides of the stage, and those of the cluster (`cluster=…`, `cluster.KEY=…`)."""
+    asked = [text for text in overrides if re.match(r"[+~]*cluster([.=@]|$)", text)]
+    return [text for text in overrides if text not in asked], asked
+
+
+def plan(stage: str, overrides: Sequence[str], cluster: Cluster, folder: Path | None = None, name: str | None = None) -> Task:
+    """Check one task as the job will run it: its ranks are those that the cluster has.
+
+    Args:
+        stage: one of `STAGES`.
+        overrides: of its config.
+        cluster: where it runs.
+        folder: of the job, when the task makes none of its own; `None`: below `paths.runs`, named by the overrides.
+        name: of the run folder when the overrides give none; `None`: as `tokar train` would name it.
+
+    Raises:
+        UserError: a problem of the config, or a run folder that another config made.
+    """
+    composed = compose(stage, overrides)
+    if stage in ONCE:
+        return Task(
+            (stage, *overrides), folder or Path(composed.typed.paths.runs) / tagged_name(stage, composed.overrides), composed
+        )
+    words = [*overrides, *_ranks(composed, cluster)]
+    if stage not in TRAINING:
+        return Task((stage, *words), Path(composed.typed.out), compose(stage, words))
+    words.append(quoted("name", composed.typed.name or name or default_name(composed)))  # the ranks do not name the folder
+    composed = compose(stage, words)
+    check_made_with(run_folder(composed), composed)
+    return Task((stage, *words), run_folder(composed), composed)
+
+
+def _ranks(composed: Composed, cluster: Cluster) -> list[str]:
+    """The overrides that give a config the cluster's ranks.
+
+    Raises:
+        UserError: the user's overrides ask for another number.
+    """
+    wanted = {"nodes": cluster.nodes, "devices": cluster.tasks}
+    named = {text.lstrip("+~").partition("=")[0] for text in composed.overrides}
+    own = composed.typed.strategy
+    for name, count in wanted.items():
+        if f"strategy.{name}" in named and getattr(own, name) != count:
+            ours = "cluster.nodes" if name == "nodes" else "cluster.tasks_per_node"
+            what = f"is {getattr(own, name)}, but {ours} makes it {count}"
+            raise UserError(what, where=f"strategy.{name}", fix=f"leave it out, or set {ours}={getattr(own, name)}")
+    if own.name == "single" and "strategy" not in named:
+        if cluster.nodes * cluster.tasks == 1:
+            return []
+        return ["strategy=ddp", *(f"strategy.{name}={count}" for name, count in wanted.items())]
+    return [f"strategy.{name}={count}" for name, count in wanted.items()]
+
+
+def script_of(job: Job, code: Path) -> str:
+    """The script of a job that runs from here."""
+    return render(job, code, Path.cwd())
+
+
+def hand_in(job: Job, tasks: Sequence[Task], *options: str) -> str:
+    """Write everything a job needs below its folder and submit it; returns the job id.
+
+    Raises:
+        UserError: the folder cannot be written, or Slurm refuses.
+    """
+    try:
+        job.state.mkdir(parents=True, exist_ok=True)
+        job.script.write_text(script_of(job, snapshot(job.state / "code")))
+        for task in tasks:
+            if task.composed is not None:
+                name = CONFIG_NAME if len(tasks) == 1 else f"{task.words[0]}-{task.folder.name}.yaml"
+                write_whole(job.state / name, task.composed.yaml().encode())
+        start_afresh(job.state)
+    except OSError as error:
+        raise of_system(error, job.state, fix=WRITABLE) from error
+    number = sbatch(job.script, *options)
+    record(job.state, number)
+    return number
+
+
+def start_afresh(state: Path) -> None:
+    """Forget earlier crashes and the wish to stop: a person has submitted the job again."""
+    for name in ("crashes", "stop"):
+        (state / name).unlink(missing_ok=True)
+
+
+def record(state: Path, number: str) -> None:
+    """Write down a job id, for `tokar slurm status`."""
+    entry: Mapping[str, Any] = {"job": number, "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    with (state / JOBS_NAME).open("a") as file:
+        file.write(json.dumps(entry) + "\n")
