@@ -15,6 +15,7 @@ import secrets
 import socket
 import subprocess
 import threading
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -38,14 +39,24 @@ class Lock:
     def __init__(self, folder: Path) -> None:
         self.folder, self._owner = folder, folder / OWNER_NAME
         self._file = (folder / LOCK_NAME).open("a")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise self._refusal(_read(self._owner)) from error
+        self._flock()
         self._claim()
         ended = threading.Event()
         threading.Thread(target=_beat, args=(self._owner, ended), daemon=True).start()
         weakref.finalize(self, _release, self._owner, ended)
+
+    def _flock(self) -> None:
+        """Take the lock; processes of the same job, from before it was requeued, are given time to die."""
+        end = time.monotonic() + STALE
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                owner = _read(self._owner)
+                if owner.get("job") is None or owner["job"] != _me()["job"] or time.monotonic() > end:
+                    raise self._refusal(owner) from error
+            time.sleep(0.2)
 
     def _claim(self) -> None:
         """Put our name on the folder; the link makes it appear whole, and only where there is none."""

@@ -171,10 +171,9 @@ class Workers:
         """
         if self.world == 1:
             return
-        own = torch.tensor(
-            [int(fingerprint[:12], 16)], device=self.device
-        )  # 48 bits: exact also where int64 goes by way of fp64
-        theirs = torch.as_tensor(self.fabric.all_gather(own)).flatten().tolist()
+        marks = torch.zeros(self.world, dtype=torch.int64, device=self.device)
+        marks[self.rank] = int(fingerprint[:12], 16)
+        theirs = self.sum(marks).tolist()
         if others := [rank for rank, value in enumerate(theirs) if value != theirs[0]]:
             what = f"ranks {', '.join(map(str, others))} were started with another config than rank 0"
             raise UserError(what, where="strategy", fix="start all of them with the same command and the same code")

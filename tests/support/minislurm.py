@@ -96,7 +96,7 @@ class Cluster:
         """Write the configuration and start the daemons."""
         for name in ("ctld", "log", *(f"spool/{node}" for node in self.nodes)):
             (self.state / name).mkdir(parents=True)
-        port, *ports = _free_ports(1 + len(self.nodes))
+        port, *ports = free_ports(1 + len(self.nodes))
         host, user = socket.gethostname().partition(".")[0], subprocess.check_output(["id", "-un"], text=True).strip()
         config = CONFIG.format(
             host=host, user=user, plugins=self._libraries / "slurm-wlm", state=self.state, port=port,
@@ -201,7 +201,8 @@ def _apt(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(arguments, 1, "", "no answer from the package archive within 120 s")
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens at."""
     sockets = [socket.socket() for _ in range(count)]
     for each in sockets:
         each.bind(("127.0.0.1", 0))
