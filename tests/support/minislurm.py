@@ -152,10 +152,6 @@ class Cluster:
         self.until(lambda: self.job(number)["JobState"] in wanted, timeout, f"job {number} to be {' or '.join(wanted)}")
         return self.job(number)
 
-    def hurry(self, number: int | str) -> None:
-        """Let a requeued job start at once instead of when its last credential has expired."""
-        self.run("scontrol", "update", f"jobid={number}", "StartTime=now", check=False)
-
     def until(self, condition: Callable[[], bool], timeout: float, what: str) -> None:
         """Wait for a condition; fails with the queue and the controller's last words when it takes too long."""
         end = time.monotonic() + timeout

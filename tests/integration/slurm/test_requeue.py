@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from minislurm import free_ports
 from ranks import run_ranks
+from tokar.errors import UserError
+from tokar.train.lock import Lock
 
 STEPS = 40
 RUN = [
@@ -76,7 +78,6 @@ class Ordeal:
         asked, was = time.monotonic(), step(self.run)
         self.cluster.until(lambda: self.cluster.job(self.job)["JobState"] == "PENDING" or step(self.run) > was, 60, "its end")
         while step(self.run) <= was:
-            self.cluster.hurry(self.job)
             assert time.monotonic() < asked + 300, self.log.read_text()
             time.sleep(0.2)
         self.latencies.append(time.monotonic() - asked)
@@ -91,16 +92,22 @@ class Ordeal:
         self.cluster.run("scontrol", "requeue", self.job)
 
     def node_down(self):
-        node = self.cluster.nodes[1]
+        node, before = self.cluster.nodes[1], self.restarts()
         self.cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
-        self.cluster.until(lambda: self.restarts() > 0, 60, "the requeue")
+        self.cluster.until(lambda: self.restarts() > before, 120, "the requeue")
         self.cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
 
     def time_limit(self):
         """The ranks stand still, so that the minute costs nothing; Slurm's warning wakes them."""
+        before = self.restarts()
         for process in ranks_of(self.job):
             os.kill(process, signal.SIGSTOP)
-        self.cluster.run("scontrol", "update", f"jobid={self.job}", "TimeLimit=1")
+        hours, minutes, _ = self.cluster.job(self.job)["RunTime"].split(":")
+        self.cluster.run("scontrol", "update", f"jobid={self.job}", f"TimeLimit={60 * int(hours) + int(minutes) + 2}")
+        with pytest.raises(UserError, match=f"job {self.job} trains in this run folder"):  # meanwhile a second one comes
+            Lock(self.run)
+        self.cluster.until(lambda: self.restarts() > before, 240, "the requeue")
+        self.cluster.run("scontrol", "update", f"jobid={self.job}", "TimeLimit=UNLIMITED")
 
 
 @pytest.fixture
