@@ -15,6 +15,7 @@ from .nodes import Component, Node, Text
 from .slurm import Slurm
 from .spine import Data, Paths, Strategy
 from .stages import ClassifierRun, GeneratorRun, Sampling, TokenizerParts, TokenizerRun
+from .sweeps import SweepCommand
 
 
 class Prepare(Node):
@@ -167,6 +168,7 @@ SCHEMAS: dict[str, type[Node]] = {
     "evaluate": Evaluate,
     "bench": Bench,
     "slurm": Slurm,
+    "sweep": SweepCommand,
 }
 FILLED: dict[str, frozenset[str]] = {
     "tokenizer": frozenset(),

@@ -134,21 +134,29 @@ def _read_environment(run: Run) -> None:
 
 
 def _read_rows(run: Run, name: str) -> list[Row]:
-    """Rows by step, the newest line of a step winning: a resumed run may write the steps after its checkpoint again."""
-    path = run.folder / name
+    found, broken = rows(run.folder / name)
+    if broken:
+        run.notes.append(f"{broken} unreadable line{'s' if broken > 1 else ''} of {name} left out")
+    return found
+
+
+def rows(path: Path) -> tuple[list[Row], int]:
+    """Rows by step, the newest line of a step winning: a resumed run may write the steps after its checkpoint again.
+
+    Returns:
+        The rows, none for a file that is not there, and how many lines could not be read.
+    """
     if not path.exists():
-        return []
-    rows: dict[int, Row] = {}
+        return [], 0
+    found: dict[int, Row] = {}
     broken = 0
     for line in path.read_text(errors="replace").splitlines():
         row = _parse(line)
         if row is None:
             broken += bool(line.strip())
             continue
-        rows[row["step"]] = {**rows.get(row["step"], {}), **row}
-    if broken:
-        run.notes.append(f"{broken} unreadable line{'s' if broken > 1 else ''} of {name} left out")
-    return [rows[step] for step in sorted(rows)]
+        found[row["step"]] = {**found.get(row["step"], {}), **row}
+    return [found[step] for step in sorted(found)], broken
 
 
 def _parse(line: str) -> Row | None:
