@@ -109,13 +109,15 @@ def _sweep(arguments: Arguments) -> int:
 def _sweep_status(arguments: Arguments) -> int:
     from .sweep.tables import status
 
-    return say("\n".join(status(Path(arguments.sweep))))
+    rows, lines = status(Path(arguments.sweep))
+    table(rows)
+    return say("\n".join(lines))
 
 
 def _sweep_best(arguments: Arguments) -> int:
     from .sweep.tables import best
 
-    return say("\n".join(best(Path(arguments.sweep))))
+    return table(best(Path(arguments.sweep)))
 
 
 def _sweep_report(arguments: Arguments) -> int:
@@ -334,7 +336,8 @@ GROUPS: dict[str, tuple[Command, ...]] = {
                 example="tokar sweep classifier experiment=digits_classifier optim.lr=1e-3,3e-3 seed=0,1"),
         Command("sweep status", "say how every point of a sweep stands", _sweep_status, (SWEEP,),
                 example="tokar sweep status runs/sweeps/lr"),
-        Command("sweep best", "name the best point of a sweep", _sweep_best, (SWEEP,), example="tokar sweep best runs/sweeps/lr"),
+        Command("sweep best", "name the best point of a sweep", _sweep_best, (SWEEP,),
+                example="tokar sweep best runs/sweeps/lr"),
         Command("sweep report", "write one HTML page on a sweep: parallel coordinates, curves, table", _sweep_report,
                 (SWEEP, argument("--out", metavar="FILE", help="default: report.html in the folder")),
                 example="tokar sweep report runs/sweeps/lr"),

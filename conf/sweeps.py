@@ -32,6 +32,7 @@ class Sweep(Node):
     retries: NonNegativeInt = Field(1, description="how often a point that failed is tried again, over all starts")
     backend: Literal["local", "slurm"] = Field("local", description="processes here, or an array of jobs")
     parallel: PositiveInt = Field(1, description="points at once")
+    sbatch: list[Text] = Field([], description="backend=slurm: further options of sbatch, e.g. --partition=gpu")
     name: Text | None = Field(None, description="folder below paths.runs/sweeps; null derives it from what is tried")
     pruning: Pruning | None = Field(None, description="method=tpe: stop points that do badly")
 

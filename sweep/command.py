@@ -12,16 +12,18 @@ from pathlib import Path
 from ..conf.compose import TRAINING, Composed, compose, is_neutral
 from ..conf.duration import Duration
 from ..conf.schema import SCHEMAS
-from ..conf.space import split_space
+from ..conf.space import beside_the_first, compose_all, split_space
 from ..conf.sweeps import Sweep as Settings
 from ..conf.sweeps import SweepCommand
 from ..data.files import alone_in, check_place
 from ..errors import ConfigError, UserError, nearest
 from ..evaluate.console import say
+from .array import check_slurm, submit
 from .folder import FAILED, PLAN_NAME, Plan, SweepFolder
 from .points import add_points, check_points, planned
 from .study import import_optuna
 from .values import direction_of
+from .worker import Worker, failure_words, summary
 
 FOLDER = "sweeps"
 """Below `paths.runs`."""
@@ -54,15 +56,17 @@ def sweep(stage: str, overrides: Sequence[str]) -> int:
     _check_pair(settings, composed[0])
     path = Path(composed[0].typed.paths.runs) / FOLDER / (settings.name or _default_name(composed[0], plan))
     folder = _open(path, plan)
-    with alone_in(folder.path / "points", patience=60):
-        add_points(folder, values, composed)
+    if values:
+        with alone_in(folder.path / "points", patience=60):
+            add_points(folder, values, composed)
     return _start(folder)
 
 
 def _part(stage: str, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     """The overrides of the sweep itself, misspelt ones too, and those of the stage."""
     own_names, stage_names = set(SweepCommand.model_fields) - {"stage"}, set(SCHEMAS[stage].model_fields)
-    own, rest = [], []
+    own: list[str] = []
+    rest: list[str] = []
     for text in overrides:
         head = re.split(r"[./=@]", text.lstrip("+~"))[0]
         close = [] if head in stage_names else difflib.get_close_matches(head, [*own_names, *stage_names], 1)
@@ -82,7 +86,8 @@ def _settings(own: Sequence[str], stage: str, rest: Sequence[str]) -> Settings:
     except ConfigError as error:
         problems += error.lines
         try:  # all at once
-            compose(stage, split_space(rest)[0])
+            fixed, dimensions = split_space(rest)
+            compose_all(stage, ([*fixed, *point] for point in beside_the_first(dimensions)))
         except ConfigError as other:
             problems += other.lines
         raise ConfigError(problems) from error
@@ -99,6 +104,8 @@ def _settings(own: Sequence[str], stage: str, rest: Sequence[str]) -> Settings:
         raise ConfigError(problems)
     if settings.method == "tpe":
         import_optuna()
+    if settings.backend == "slurm":
+        check_slurm()
     return settings.model_copy(update={"direction": direction})
 
 
@@ -145,15 +152,11 @@ def _check_same(path: Path, old: Plan, new: Plan) -> None:
 
 def _start(folder: SweepFolder) -> int:
     """Say what failed for good before, then run or submit what is missing."""
-    from .worker import Worker, failure_words, summary
-
     for point in folder.points():
         if point.state == FAILED and not folder.may_start(point):
             sys.stderr.write(failure_words(folder, point) + "\n")
     say(summary(folder))
     if folder.plan.settings.backend == "slurm":
-        from .array import submit
-
         return submit(folder)
     code = Worker(folder, slots=folder.plan.settings.parallel).run()
     say(summary(folder))

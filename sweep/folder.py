@@ -12,7 +12,6 @@ runs/sweeps/NAME/
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import time
 from collections.abc import Sequence

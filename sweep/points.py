@@ -105,5 +105,3 @@ def total(plan: Plan, known: int) -> float:
 def numbers(points: Sequence[Point]) -> Iterator[int]:
     """Numbers in the order in which points should run: those that never failed first."""
     return (point.number for point in sorted(points, key=lambda point: (point.tries, point.number)))
-
-

@@ -19,6 +19,9 @@ from ..train.signals import EXIT_INTERRUPTED
 PR_SET_PDEATHSIG = 1
 """Of prctl(2): the signal that a process gets when its parent dies."""
 
+JOB = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
+"""What says in which job this process runs."""
+
 
 class Process(Protocol):
     """What a worker needs of a running point."""
@@ -34,7 +37,8 @@ class Forked:
     """A child of this process."""
 
     def __init__(self, pid: int) -> None:
-        self._pid, self._code = pid, None  # type: ignore[var-annotated]
+        self._pid = pid
+        self._code: int | None = None
 
     def poll(self) -> int | None:
         """The exit code, minus the signal for one that was killed; `None` while it runs."""
@@ -88,6 +92,8 @@ def _settle(parent: int, log: Path, environment: dict[str, str]) -> None:
     for descriptor, file, flags in ((0, os.devnull, os.O_RDONLY), (1, log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)):
         os.dup2(os.open(file, flags, 0o666), descriptor)
     os.dup2(1, 2)
+    for name in [name for name in os.environ if name.startswith("SLURM_") and name not in JOB]:
+        del os.environ[name]  # of the worker's own job step: a point that was not started by srun is no rank of it
     os.environ.update(environment)
 
 

@@ -86,7 +86,7 @@ class Study:
         storage = optuna.storages.RDBStorage(f"sqlite:///{self._folder / STUDY_NAME}", {"poolclass": NullPool})
         settings = self._plan.settings
         return optuna.create_study(
-            storage=storage, study_name="sweep", load_if_exists=True, direction=self._plan.direction,
+            storage=storage, study_name="sweep", load_if_exists=True, direction=self._plan.direction,  # type: ignore[arg-type]
             sampler=optuna.samplers.TPESampler(seed=seed % 2**32), pruner=pruner(settings.pruning),
         )  # fmt: skip
 

@@ -40,7 +40,9 @@ def value_of(run: Path, plan: Plan) -> float:
     values = [value for _, value in _series(found, plan.settings.metric)]
     if not values:
         known = sorted({key for row in found for key in row} - {"step", "samples"})
-        raise UserError(f"no metric {plan.settings.metric!r} here", where=run / METRICS, fix=nearest(plan.settings.metric, known))
+        raise UserError(
+            f"no metric {plan.settings.metric!r} here", where=run / METRICS, fix=nearest(plan.settings.metric, known)
+        )
     if plan.settings.value == "last":
         return values[-1]
     return min(values) if plan.direction == "minimize" else max(values)

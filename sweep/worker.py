@@ -22,7 +22,7 @@ from ..train.folder import run_folder
 from ..train.signals import EXIT_INTERRUPTED, EXIT_REQUEUE
 from .folder import FAILED, FINISHED, INTERRUPTED, PRUNED, RUNNING, TAIL, Claim, Point, SweepFolder, counts
 from .points import new_point, numbers, total
-from .processes import Process, fork, launch, share_of_gpus
+from .processes import JOB, Process, fork, launch, share_of_gpus
 from .study import PATIENCE, Study
 from .values import ranked, series, value_of
 
@@ -30,7 +30,6 @@ TICK, LOOK_EVERY = 0.1, 0.5
 """Seconds between two looks at the processes, and at the metrics of a point that may be pruned."""
 REDRAWS = 20
 """How often Optuna is asked again when it names a point that is there already."""
-_JOB = ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_ID")
 
 
 @dataclass
@@ -187,7 +186,9 @@ class Worker:
 
     def _start(self, claim: Claim) -> None:
         sweep, plan = self.sweep, self.sweep.plan
-        claim.point = sweep.write(claim.point, state=RUNNING, starts=claim.point.starts + 1, holder=_holder(), reason="", tail=())
+        claim.point = sweep.write(
+            claim.point, state=RUNNING, starts=claim.point.starts + 1, holder=_holder(), reason="", tail=()
+        )
         point, log = claim.point, sweep.log(claim.point)
         overrides = [*plan.fixed, *point.overrides]
         slot = min(set(range(self.slots)) - {each.slot for each in self.running})
@@ -221,7 +222,8 @@ class Worker:
 
     def _prune(self, running: Running) -> None:
         """Show Optuna what the point has logged since the last look; stop it when Optuna says so."""
-        assert self.study is not None and running.point.trial is not None
+        assert self.study is not None
+        assert running.point.trial is not None
         if (now := time.monotonic()) - running.looked < LOOK_EVERY:
             return
         running.looked = now
@@ -275,9 +277,7 @@ class Worker:
             file.seek(running.log_start)
             lines = file.read().decode(errors="replace").splitlines()
         tail = tuple(line for line in lines if line.strip())[-TAIL:]
-        point = self.sweep.write(
-            running.point, state=FAILED, tries=running.point.tries + 1, reason=exit_words(code), tail=tail
-        )
+        point = self.sweep.write(running.point, state=FAILED, tries=running.point.tries + 1, reason=exit_words(code), tail=tail)
         if not self.sweep.may_start(point):
             self._tell(point, None)
         sys.stderr.write(failure_words(self.sweep, point) + "\n")
@@ -289,7 +289,7 @@ class Worker:
 
 
 def _holder() -> dict[str, Any]:
-    job = {name: os.environ[name] for name in _JOB if name in os.environ}
+    job = {name: os.environ[name] for name in JOB if name in os.environ}
     return {"host": socket.gethostname(), "pid": os.getpid(), **job}
 
 
