@@ -8,6 +8,7 @@ from pydantic import Field
 
 from ..ranges import NonNegativeInt, PositiveInt
 from .nodes import Node, Text
+from .slurm import Cluster
 
 
 class Pruning(Node):
@@ -32,7 +33,6 @@ class Sweep(Node):
     retries: NonNegativeInt = Field(1, description="how often a point that failed is tried again, over all starts")
     backend: Literal["local", "slurm"] = Field("local", description="processes here, or an array of jobs")
     parallel: PositiveInt = Field(1, description="points at once")
-    sbatch: list[Text] = Field([], description="backend=slurm: further options of sbatch, e.g. --partition=gpu")
     name: Text | None = Field(None, description="folder below paths.runs/sweeps; null derives it from what is tried")
     pruning: Pruning | None = Field(None, description="method=tpe: stop points that do badly")
 
@@ -42,3 +42,4 @@ class SweepCommand(Node):
 
     stage: Literal["sweep"]
     sweep: Sweep
+    cluster: Cluster | None = Field(None, description="backend=slurm: what the job of each point asks for")

@@ -12,13 +12,16 @@ from pathlib import Path
 from ..conf.compose import TRAINING, Composed, compose, is_neutral
 from ..conf.duration import Duration
 from ..conf.schema import SCHEMAS
+from ..conf.slurm import Cluster
 from ..conf.space import beside_the_first, compose_all, split_space
 from ..conf.sweeps import Sweep as Settings
 from ..conf.sweeps import SweepCommand
 from ..data.files import alone_in, check_place
 from ..errors import ConfigError, UserError, nearest
 from ..evaluate.console import say
-from .array import check_slurm, submit
+from ..slurm.client import call
+from ..slurm.submit import plan as plan_ranks
+from .array import submit
 from .folder import FAILED, PLAN_NAME, Plan, SweepFolder
 from .points import add_points, check_points, planned
 from .study import import_optuna
@@ -45,15 +48,17 @@ def sweep(stage: str, overrides: Sequence[str]) -> int:
     if stage not in TRAINING:
         raise UserError("no stage to sweep", where=stage, fix=nearest(stage, (*TRAINING, "status", "best", "report")))
     own, rest = _part(stage, overrides)
-    settings = _settings(own, stage, rest)
+    settings, cluster = _settings(own, stage, rest)
     fixed, dimensions = split_space(rest)
     if not dimensions:
         raise UserError("nothing varies", where=f"sweep {stage}", fix="give a key several values, e.g. optim.lr=1e-3,3e-4")
     space = [text for text in rest if text not in fixed]
-    plan = Plan(stage, tuple(fixed), tuple(space), settings, str(settings.direction))
+    plan = Plan(stage, tuple(fixed), tuple(space), settings, str(settings.direction), cluster)
     values = planned(plan, dimensions)
     composed = check_points(plan, dimensions, values)
     _check_pair(settings, composed[0])
+    if cluster is not None:
+        plan_ranks(stage, [*fixed, *beside_the_first(dimensions)[0]], cluster)  # its ranks must fit the strategy
     path = Path(composed[0].typed.paths.runs) / FOLDER / (settings.name or _default_name(composed[0], plan))
     folder = _open(path, plan)
     if values:
@@ -74,15 +79,15 @@ def _part(stage: str, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, rest
 
 
-def _settings(own: Sequence[str], stage: str, rest: Sequence[str]) -> Settings:
-    """The sweep's own settings, with the direction filled in.
+def _settings(own: Sequence[str], stage: str, rest: Sequence[str]) -> tuple[Settings, Cluster | None]:
+    """The sweep's own settings, with the direction filled in, and what its jobs ask for.
 
     Raises:
         ConfigError: their problems, those of the stage's fixed overrides among them.
     """
     problems: list[str] = []
     try:
-        settings: Settings = compose("sweep", own).typed.sweep
+        command: SweepCommand = compose("sweep", own).typed
     except ConfigError as error:
         problems += error.lines
         try:  # all at once
@@ -91,6 +96,7 @@ def _settings(own: Sequence[str], stage: str, rest: Sequence[str]) -> Settings:
         except ConfigError as other:
             problems += other.lines
         raise ConfigError(problems) from error
+    settings = command.sweep
     direction = settings.direction or direction_of(settings.metric)
     if direction is None:
         problems.append(f"sweep.direction: missing; the name {settings.metric!r} does not say it, set minimize or maximize")
@@ -100,13 +106,17 @@ def _settings(own: Sequence[str], stage: str, rest: Sequence[str]) -> Settings:
         problems.append("sweep.count: a grid has as many points as its values make; leave it out, or take sweep=random")
     if settings.pruning is not None and settings.method != "tpe":
         problems.append(f"sweep.pruning: {settings.method} does not prune; take sweep=tpe, or leave it out")
+    if settings.backend == "slurm" and command.cluster is None:
+        problems.append("cluster: missing; say what the job of each point asks for, e.g. cluster=gpu")
+    if settings.backend == "local" and command.cluster is not None:
+        problems.append("cluster: points run here; set sweep.backend=slurm, or leave it out")
     if problems:
         raise ConfigError(problems)
     if settings.method == "tpe":
         import_optuna()
     if settings.backend == "slurm":
-        check_slurm()
-    return settings.model_copy(update={"direction": direction})
+        call("sbatch", "--version")
+    return settings.model_copy(update={"direction": direction}), command.cluster
 
 
 def _check_pair(settings: Settings, composed: Composed) -> None:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+from ..conf.slurm import Cluster
 from ..conf.sweeps import Sweep as Settings
 from ..data.files import make_folder, read_json, write_json
 from ..errors import UserError
@@ -43,6 +44,7 @@ class Plan:
         fixed: overrides that all points share.
         space: overrides with several values, as written.
         settings: of the sweep.
+        cluster: what the job of each point asks for; `None`: points run here.
         direction: of the metric, `minimize` or `maximize`.
         format: version of the folder.
     """
@@ -52,6 +54,7 @@ class Plan:
     space: tuple[str, ...]
     settings: Settings
     direction: str
+    cluster: Cluster | None = None
     format: int = FORMAT
 
     def better(self, one: float, other: float) -> bool:
@@ -60,7 +63,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON form."""
-        return {**asdict(self), "settings": self.settings.model_dump()}
+        cluster = self.cluster.model_dump() if self.cluster else None
+        return {**vars(self), "settings": self.settings.model_dump(), "cluster": cluster}
 
 
 @dataclass(frozen=True)
@@ -214,8 +218,9 @@ def _read_plan(file: Path) -> Plan:
         plain = read_json(file, MEND)
         if plain.get("format") != FORMAT:
             raise UserError(f"format {plain.get('format')}, not {FORMAT}", where=file, fix="use the version that made it")
-        settings = Settings.model_validate(plain.pop("settings"))
-        return Plan(**{**plain, **_tuples(plain, "fixed", "space")}, settings=settings)
+        settings = Settings.model_validate(plain["settings"])
+        cluster = Cluster.model_validate(plain["cluster"]) if plain["cluster"] else None
+        return Plan(**{**plain, **_tuples(plain, "fixed", "space"), "settings": settings, "cluster": cluster})
     except (TypeError, ValueError, KeyError) as error:
         raise UserError("damaged", where=file, fix=MEND) from error
 

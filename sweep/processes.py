@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, NoReturn, Protocol
 
 from ..errors import UserError
-from ..train.multirun import command
+from ..slurm.rank import ENDED
 from ..train.signals import EXIT_INTERRUPTED
 
 PR_SET_PDEATHSIG = 1
@@ -114,13 +114,28 @@ def _leave(run: Callable[[], int]) -> NoReturn:
     os._exit(code)
 
 
-def launch(launcher: Sequence[str], stage: str, overrides: Sequence[str], log: Path, lock: IO[str]) -> Process:
-    """Run `tokar train` by a launcher (srun …) that starts its ranks; the process keeps the lock."""
-    with log.open("a") as output:
-        return subprocess.Popen(
-            [*launcher, *command(stage, overrides)], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            process_group=0, pass_fds=[lock.fileno()],
-        )  # fmt: skip
+class Launched:
+    """Ranks that srun started. They end with 0 when they saved after a signal; how they really ended is in a file."""
+
+    def __init__(self, command: Sequence[str], log: Path, lock: IO[str]) -> None:
+        self._ended = log.with_suffix(".ended").absolute()
+        self._ended.unlink(missing_ok=True)
+        with log.open("a") as output:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0,
+                pass_fds=[lock.fileno()], env=os.environ | {ENDED: str(self._ended)},
+            )  # fmt: skip
+
+    def poll(self) -> int | None:
+        """The exit code of the first rank that ended otherwise than well, else srun's; `None` while they run."""
+        code = self._process.poll()
+        if code is not None and self._ended.is_file() and (said := self._ended.read_text().strip()):
+            return int(said)
+        return code
+
+    def send_signal(self, number: int, /) -> None:
+        """Ask the ranks to save and end; srun hands SIGUSR1 on to them, and would end itself by the others."""
+        self._process.send_signal(signal.SIGUSR1)
 
 
 def visible_gpus() -> list[str]:

@@ -7,10 +7,11 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 from ..conf.compose import compose
 from ..conf.space import Dimension, split_space
@@ -22,7 +23,7 @@ from ..train.folder import run_folder
 from ..train.signals import EXIT_INTERRUPTED, EXIT_REQUEUE
 from .folder import FAILED, FINISHED, INTERRUPTED, PRUNED, RUNNING, TAIL, Claim, Point, SweepFolder, counts
 from .points import new_point, numbers, total
-from .processes import JOB, Process, fork, launch, share_of_gpus
+from .processes import JOB, Process, fork, share_of_gpus, visible_gpus
 from .study import PATIENCE, Study
 from .values import ranked, series, value_of
 
@@ -30,6 +31,8 @@ TICK, LOOK_EVERY = 0.1, 0.5
 """Seconds between two looks at the processes, and at the metrics of a point that may be pruned."""
 REDRAWS = 20
 """How often Optuna is asked again when it names a point that is there already."""
+
+Launch = Callable[[Sequence[str], Path, IO[str]], Process]
 
 
 @dataclass
@@ -59,13 +62,13 @@ class Worker:
         slots: points at once.
         only: the one point to run; `None` takes any.
         single: run one point, whichever it gets, with its retries.
-        launcher: words before the command of a point (srun …); empty forks.
+        launch: starts the ranks of a point, given its overrides, its log and its lock; `None` forks.
     """
 
     def __init__(
-        self, sweep: SweepFolder, *, slots: int = 1, only: int | None = None, single: bool = False, launcher: Sequence[str] = ()
+        self, sweep: SweepFolder, *, slots: int = 1, only: int | None = None, single: bool = False, launch: Launch | None = None
     ) -> None:
-        self.sweep, self.slots, self.only, self.launcher = sweep, slots, only, launcher
+        self.sweep, self.slots, self.only, self.launch = sweep, slots, only, launch
         self.single = single or only is not None
         self.running: list[Running] = []
         self.stop: int | None = None
@@ -195,13 +198,16 @@ class Worker:
         log_start = log.stat().st_size if log.exists() else 0
         again = f", start {point.starts}" if point.starts > 1 else ""
         say(f"{self._progress()} point {point.number}{again}: {point.words} → {sweep.run(point)}")
-        if self.launcher:
-            process = launch(self.launcher, plan.stage, overrides, log, claim.lock)
+        process: Process
+        if self.launch is not None:
+            process = self.launch(overrides, log, claim.lock)
         else:
-            devices = compose(plan.stage, overrides).typed.strategy.devices
-            gpus = share_of_gpus(slot, devices) if self.slots > 1 else {}
+            gpus = self._gpus(slot, overrides) if self.slots > 1 and visible_gpus() else {}
             process = fork(plan.stage, overrides, log, gpus, [each.claim.lock for each in self.running])
         self.running.append(Running(claim, process, slot, log_start))
+
+    def _gpus(self, slot: int, overrides: Sequence[str]) -> dict[str, str]:
+        return share_of_gpus(slot, compose(self.sweep.plan.stage, overrides).typed.strategy.devices)
 
     def _progress(self) -> str:
         points = self.sweep.points()
@@ -217,31 +223,37 @@ class Worker:
                 self._ended(running, code)
             finally:
                 running.claim.release()
-        elif self.study is not None and self.sweep.plan.settings.pruning and not running.pruned:
+        elif self.sweep.plan.settings.pruning and not running.pruned:
             self._prune(running)
 
     def _prune(self, running: Running) -> None:
-        """Show Optuna what the point has logged since the last look; stop it when Optuna says so."""
-        assert self.study is not None
-        assert running.point.trial is not None
+        """Stop a point when Optuna says so, from what it has logged since the last look."""
         if (now := time.monotonic()) - running.looked < LOOK_EVERY:
             return
         running.looked = now
+        if self._show(running):
+            running.pruned = True
+            running.process.send_signal(signal.SIGTERM)
+
+    def _show(self, running: Running) -> bool:
+        """Show Optuna what a point has logged since the last look; true when it should stop."""
+        if self.study is None or running.point.trial is None:
+            return False
         metrics = self.sweep.run(running.point) / METRICS
         stamp = metrics.stat().st_mtime_ns if metrics.exists() else 0
         if stamp == running.stamp:
-            return
+            return False
         running.stamp = stamp
         found = [item for item in series(metrics.parent, self.sweep.plan.settings.metric) if item[0] > running.step]
-        if found:
-            running.step = found[-1][0]
-            if self.study.report(running.point.trial, found):
-                running.pruned = True
-                running.process.send_signal(signal.SIGTERM)
+        if not found:
+            return False
+        running.step = found[-1][0]
+        return self.study.report(running.point.trial, found)
 
     def _ended(self, running: Running, code: int) -> None:
         asked = code in (EXIT_REQUEUE, EXIT_INTERRUPTED) or code < 0
         if code == 0:
+            self._show(running)
             self._finished(running.point)
         elif running.pruned and asked:
             self.sweep.write(running.point, state=PRUNED, reason=f"pruned at step {running.step}")

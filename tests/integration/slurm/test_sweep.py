@@ -15,7 +15,9 @@ def test_an_array_goes_on_without_its_controller_and_runs_again_what_was_killed(
     folder = tmp_path / "runs/sweeps/array"
     words = command(
         digits, "optim.clip=0", "optim.lr=1e-3,1e-2,3e-2,1e30", "seed=0,1", "loop.duration=6", "loop.save_every=2",
-        "loop.log_every=2", "sweep.backend=slurm", "sweep.parallel=3", "sweep.retries=0", "sweep.name=array",
+        "loop.log_every=2",
+        "sweep.backend=slurm", "cluster=cpu", "cluster.tasks_per_node=1", "sweep.parallel=3", "sweep.retries=0",
+        "sweep.name=array",
     )  # fmt: skip
 
     def arrays():
