@@ -153,8 +153,7 @@ def test_optuna_is_asked_until_there_are_enough(tpe, run, log):
 
 def test_a_bad_point_is_pruned_and_not_started_again(tpe, run):
     sweep = tpe(pruning={"kind": "median", "trials": 2})
-    code, order = run(sweep, by_seed([(0, 1.0, 1.0), (0, 1.0, 1.0), (0, 9.0, 9.0)]))
-    assert code == 0
+    assert run(sweep, by_seed([(0, 1.0, 1.0), (0, 1.0, 1.0), (0, 9.0, 9.0)]))[0] == 0
     assert states(sweep) == [FINISHED, FINISHED, PRUNED]
     assert sweep.point(2).reason == "pruned at step 2"
     assert run(sweep, {}) == (0, [])
