@@ -62,7 +62,7 @@ def test_a_browser_draws_and_filters_it(sweep, tmp_path):
       const say = (name, value) => { document.body.dataset[name] = value; };
       const axes = document.querySelectorAll('#parallel .hit'), box = axes[1].getBoundingClientRect();
       axes[1].setPointerCapture = () => {};
-      const fire = (kind, y) => axes[1].dispatchEvent(new PointerEvent(kind, { clientX: box.left + 10, clientY: y, pointerId: 1 }));
+      const fire = (kind, clientY) => axes[1].dispatchEvent(new PointerEvent(kind, { clientX: box.left + 10, clientY }));
       fire('pointerdown', box.top); fire('pointermove', box.top + 20); fire('pointerup', box.top + 20);
       say('kept', [...document.querySelectorAll('tr[data-point]')].filter((r) => !r.hidden).map((r) => r.dataset.point).join());
       fire('pointerdown', box.top + 9); fire('pointerup', box.top + 9);

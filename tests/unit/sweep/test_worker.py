@@ -26,7 +26,7 @@ class Process:
 
 @pytest.fixture
 def run(monkeypatch, log):
-    """`run(sweep, ends)`: a worker whose points end with the codes that `ends` lists for them, start by start."""
+    """`run(sweep, ends)`: a worker whose points end with a code, or a code and metrics, or one of these for each start."""
     monkeypatch.setattr(module, "TICK", 0)
     monkeypatch.setattr(module, "LOOK_EVERY", 0)
 
@@ -34,9 +34,10 @@ def run(monkeypatch, log):
         order = []
 
         def fork(stage, overrides, place, environment, others):
-            number = int(overrides[-1].partition("=")[2])
+            number = int(place.stem)
             order.append(number)
-            code, *values = ends[number].pop(0) if isinstance(ends[number], list) else (ends[number], 1.0 + number)
+            end = ends[number].pop(0) if isinstance(ends[number], list) else ends[number]
+            code, *values = end if isinstance(end, tuple) else (end, 1.0 + number)
             with place.open("a") as file:
                 file.write(f"start\nlast words of {number}\n")
             log(sweep, number, *values)
@@ -134,35 +135,25 @@ def tpe(make):
     )
 
 
-def by_seed(values):
-    """Ends for whatever seed is drawn, in the order of starts."""
-
-    class Ends(dict):
-        def __getitem__(self, number):
-            return self.setdefault(number, [values.pop(0)])
-
-    return Ends()
-
-
 def test_optuna_is_asked_until_there_are_enough(tpe, run, log):
     sweep = tpe()
-    code, order = run(sweep, by_seed([(0, 3.0), (0, 1.0), (0, 2.0)]))
+    code, order = run(sweep, [(0, 3.0), (0, 1.0), (0, 2.0)])
     assert (code, len(set(order))) == (0, 3)
     assert [trial.value for trial in Worker(sweep).study._open(0).trials] == [3.0, 1.0, 2.0]
 
 
 def test_a_bad_point_is_pruned_and_not_started_again(tpe, run):
     sweep = tpe(pruning={"kind": "median", "trials": 2})
-    assert run(sweep, by_seed([(0, 1.0, 1.0), (0, 1.0, 1.0), (0, 9.0, 9.0)]))[0] == 0
+    assert run(sweep, [(0, 1.0, 1.0), (0, 1.0, 1.0), (0, 9.0, 9.0)])[0] == 0
     assert states(sweep) == [FINISHED, FINISHED, PRUNED]
     assert sweep.point(2).reason == "pruned at step 2"
-    assert run(sweep, {}) == (0, [])
+    assert run(sweep, []) == (0, [])
 
 
 def test_optuna_cannot_do_without_the_metric(tpe, run):
     sweep = tpe(metric="val/los")
     with pytest.raises(UserError, match="no metric 'val/los' here"):
-        run(sweep, by_seed([(0, 1.0)]))
+        run(sweep, [(0, 1.0)])
 
 
 def test_a_used_up_space_ends_the_sweep(make, run, capsys):
