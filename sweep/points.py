@@ -72,7 +72,7 @@ def check_points(plan: Plan, dimensions: Sequence[Dimension], values: Sequence[t
         folder = run_folder(one)
         if folder in folders:
             both = f"{' '.join(folders[folder])} and {' '.join(each)}"
-            raise ConfigError([f"{both}: are one run, {folder}; vary keys that change what is computed, and leave out name=…"])
+            raise ConfigError([f"{both} are one run, {folder}; vary keys that change what is computed, and leave out name=…"])
         folders[folder] = each
     return composed
 

@@ -63,7 +63,7 @@ def test_every_point_or_every_value_is_checked(settings):
 
 def test_two_points_of_one_run_are_refused():
     space = ("data.workers=0,1",)
-    with pytest.raises(ConfigError, match=r"data.workers=0 and data.workers=1: are one run, runs/digits_classifier"):
+    with pytest.raises(ConfigError, match=r"data.workers=0 and data.workers=1 are one run, runs/digits_classifier"):
         check_points(plan(*space), split_space(space)[1], points(*space))
 
 
