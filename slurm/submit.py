@@ -92,7 +92,7 @@ def plan(stage: str, overrides: Sequence[str], cluster: Cluster, folder: Path | 
         return Task(
             (stage, *overrides), folder or Path(composed.typed.paths.runs) / tagged_name(stage, composed.overrides), composed
         )
-    words = [*overrides, *ranks_of(composed, cluster)]
+    words = [*overrides, *_ranks(composed, cluster)]
     if stage not in TRAINING:
         return Task((stage, *words), Path(composed.typed.out), compose(stage, words))
     words.append(quoted("name", composed.typed.name or name or default_name(composed)))  # the ranks do not name the folder
@@ -101,7 +101,7 @@ def plan(stage: str, overrides: Sequence[str], cluster: Cluster, folder: Path | 
     return Task((stage, *words), run_folder(composed), composed)
 
 
-def ranks_of(composed: Composed, cluster: Cluster) -> list[str]:
+def _ranks(composed: Composed, cluster: Cluster) -> list[str]:
     """The overrides that give a config the cluster's ranks.
 
     Raises:
