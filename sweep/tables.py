@@ -71,7 +71,7 @@ def best(path: Path) -> list[tuple[str, str]]:
         raise UserError("no point has finished yet", where=path, fix=f"see `tokar sweep status {path}`")
     (point, value), plan = found[0], sweep.plan
     return [
-        ("point", f"{point.number} of {len(found)} finished"),
+        ("point", f"{point.number} (the best of {len(found)} that finished)"),
         (plan.settings.metric, f"{value:.6g} ({plan.settings.value}, {plan.direction})"),
         ("overrides", point.words),
         ("run", str(sweep.run(point))),
