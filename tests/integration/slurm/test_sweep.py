@@ -36,7 +36,7 @@ def test_an_array_goes_on_without_its_controller_and_runs_again_what_was_killed(
     (job,) = arrays() - before
     cluster.until(lambda: {"running"} == set(states(folder)[:2]), 120, "two points to run")
     cluster.run("scancel", "-s", "KILL", "--full", f"{job}_0", f"{job}_1")
-    again = subprocess.run(words, cwd=tmp_path, env=cluster.environment, capture_output=True, text=True, timeout=300)
+    again = subprocess.run(words, cwd=tmp_path, env=cluster.environment, capture_output=True, text=True, timeout=600)
     assert again.returncode == 0, again.stderr
     cluster.until(
         lambda: not [line for line in queue() if re.search("PENDING|RUNNING|COMPLETING", line)], 300, "the jobs to end"
