@@ -50,7 +50,7 @@ def find_command(words: Sequence[str]) -> tuple[Command | None, list[str]]:
     Raises:
         UserError: there is no such command.
     """
-    for length in (1, 2):
+    for length in (2, 1):  # `sweep status`, not `sweep`
         name = " ".join(words[:length])
         for command in COMMANDS:
             if command.name == name:

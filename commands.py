@@ -89,15 +89,48 @@ def _data_verify(arguments: Arguments) -> int:
 
 def _train(arguments: Arguments) -> int:
     if arguments.multirun:
-        from .train.sweep import sweep
+        from .train.multirun import multirun
 
-        return sweep(arguments.stage, arguments.overrides, arguments.objective)
+        return multirun(arguments.stage, arguments.overrides, arguments.objective)
     from .conf.compose import compose
 
     compose(arguments.stage, arguments.overrides)  # so that its errors come before the slow imports
     from .train.run import train
 
     return train(arguments.stage, arguments.overrides)
+
+
+def _sweep(arguments: Arguments) -> int:
+    from .sweep.command import sweep
+
+    return sweep(arguments.stage, arguments.overrides)
+
+
+def _sweep_status(arguments: Arguments) -> int:
+    from .sweep.tables import status
+
+    rows, lines = status(Path(arguments.sweep))
+    table(rows)
+    return say("\n".join(lines))
+
+
+def _sweep_best(arguments: Arguments) -> int:
+    from .sweep.tables import best
+
+    return table(best(Path(arguments.sweep)))
+
+
+def _sweep_report(arguments: Arguments) -> int:
+    from .sweep.page import write_page
+
+    folder = Path(arguments.sweep)
+    return say(str(write_page(folder, Path(arguments.out) if arguments.out else folder / "report.html")))
+
+
+def _sweep_work(arguments: Arguments) -> int:
+    from .sweep.array import work
+
+    return work(Path(arguments.sweep), arguments.point)
 
 
 def _encode(arguments: Arguments) -> int:
@@ -279,6 +312,7 @@ OVERRIDES = argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", he
 MULTIRUN = argument("-m", "--multirun", action="store_true", help="run every combination of comma-separated values")
 OBJECTIVE = argument("--objective", metavar="METRIC", help="with --multirun: the metric that a sweeper minimises")
 TRAINING = (OVERRIDES, MULTIRUN, OBJECTIVE)
+SWEEP = argument("sweep", metavar="FOLDER", help="of a sweep, as `tokar sweep STAGE …` names it")
 RUN = "a run, a checkpoint or an exported model"
 DRY_RUN = argument("--dry-run", action="store_true", help="print what would be submitted")
 JOB_RUN = argument("run", metavar="RUN", help="a run folder that was submitted")
@@ -301,6 +335,21 @@ GROUPS: dict[str, tuple[Command, ...]] = {
                 example="tokar train generator experiment=digits_llamagen codes.path=datasets/codes"),
         Command("train classifier", "train the small judge of samples", _train, TRAINING, stage="classifier",
                 example="tokar train classifier experiment=digits_classifier"),
+    ),
+    "Sweeps (the same command again starts what is missing)": (
+        Command("sweep", "run many points of a space: grid, random or Optuna, here or as a SLURM array", _sweep,
+                (argument("stage", metavar="STAGE", help="tokenizer, generator or classifier"), OVERRIDES),
+                example="tokar sweep classifier experiment=digits_classifier optim.lr=1e-3,3e-3 seed=0,1"),
+        Command("sweep status", "say how every point of a sweep stands", _sweep_status, (SWEEP,),
+                example="tokar sweep status runs/sweeps/lr"),
+        Command("sweep best", "name the best point of a sweep", _sweep_best, (SWEEP,),
+                example="tokar sweep best runs/sweeps/lr"),
+        Command("sweep report", "write one HTML page on a sweep: parallel coordinates, curves, table", _sweep_report,
+                (SWEEP, argument("--out", metavar="FILE", help="default: report.html in the folder")),
+                example="tokar sweep report runs/sweeps/lr"),
+        Command("sweep work", "run one point of a sweep; what each job of an array does", _sweep_work,
+                (SWEEP, argument("--point", metavar="N", type=int, help="its number; default: the next that is free")),
+                example="tokar sweep work runs/sweeps/lr --point 3"),
     ),
     "From what was trained": (
         Command("encode", "turn images into code shards", _encode, (argument("run", metavar="RUN", help=RUN), OVERRIDES),

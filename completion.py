@@ -24,10 +24,12 @@ def propose(line: str, commands: Sequence[Command]) -> list[str]:
     """
     *before, word = _split(line)
     words = before[1:]
-    command = next((item for item in commands if item.name.split() == words[: len(item.name.split())]), None)
-    if command is None:
-        return _matching(word, _next_words(words, commands))
-    return sorted(set(_arguments(command, words[len(command.name.split()) :], word)))
+    found = [item for item in commands if item.name.split() == words[: len(item.name.split())]]
+    seconds = _matching(word, _next_words(words, commands))
+    if not found:
+        return seconds
+    command = max(found, key=lambda item: len(item.name))  # `sweep status`, not `sweep`
+    return sorted({*seconds, *_arguments(command, words[len(command.name.split()) :], word)})
 
 
 def _split(line: str) -> list[str]:
@@ -67,13 +69,17 @@ def _arguments(command: Command, given: Sequence[str], word: str) -> Iterator[st
     if wanted in {"run", "runs", "target"}:
         yield from _matching(word, _runs())
     elif wanted == "stage":
+        from .conf.compose import TRAINING
         from .conf.schema import SCHEMAS
 
-        yield from _matching(word, SCHEMAS)
+        yield from _matching(word, TRAINING if command.name == "sweep" else SCHEMAS)
     elif wanted == "shell":
         yield from _matching(word, SCRIPTS)
     elif wanted == "overrides" and stage:
-        yield from _overrides(stage, [item for item in given if "=" in item], word)
+        own = [item for item in given if "=" in item and item.startswith(("sweep", "cluster"))]
+        if command.name == "sweep":
+            yield from _overrides("sweep", own, word)
+        yield from _overrides(stage, [item for item in given if "=" in item and item not in own], word)
 
 
 def _runs() -> list[str]:

@@ -15,6 +15,7 @@ from .nodes import Component, Node, Text
 from .slurm import Slurm
 from .spine import Data, Paths, Strategy
 from .stages import ClassifierRun, GeneratorRun, Sampling, TokenizerParts, TokenizerRun
+from .sweeps import SweepCommand
 
 
 class Prepare(Node):
@@ -184,6 +185,7 @@ SCHEMAS: dict[str, type[Node]] = {
     "bench": Bench,
     "estimate": Estimate,
     "slurm": Slurm,
+    "sweep": SweepCommand,
 }
 FILLED: dict[str, frozenset[str]] = {
     "tokenizer": frozenset(),

@@ -42,7 +42,12 @@ class Job:
 
 
 def render(job: Job, code: Path, here: Path) -> str:
-    """The script of a job.
+    """The script of a job; the arguments are those of `values_of`."""
+    return fill(TEMPLATE.read_text(), values_of(job, code, here))
+
+
+def values_of(job: Job, code: Path, here: Path) -> dict[str, Any]:
+    """What the placeholders of a template stand for.
 
     Args:
         job: what it runs.
@@ -56,7 +61,7 @@ def render(job: Job, code: Path, here: Path) -> str:
         cores *= cluster.tasks
     # srun does not take the number of cores from sbatch
     common = [*([f"--cpus-per-task={cores}"] if cores else []), *_container(job, here), *cluster.srun]
-    values: dict[str, Any] = {
+    return {
         **cluster.model_dump(),
         "title": f"{job.name}: {', '.join(task[0] for task in job.tasks)}",
         "command": shlex.join(["tokar", *job.command]),
@@ -77,7 +82,6 @@ def render(job: Job, code: Path, here: Path) -> str:
         "srun_once": shlex.join(["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", *common]),
         "run": [_run(task, cluster) for task in job.tasks],
     }  # fmt: skip
-    return fill(TEMPLATE.read_text(), values)
 
 
 def _gpus(cluster: Cluster) -> str | None:

@@ -98,8 +98,13 @@ class Replicated(Engine):
         self.masters, self.pieces = [value for _, value in trained(module)], whole_pieces(module)
         self._parallel: nn.parallel.DistributedDataParallel | None = None
         if dist.is_initialized() and dist.get_world_size() > 1:
+            warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
             self._parallel = self.wrapped = nn.parallel.DistributedDataParallel(
-                wrapped, bucket_cap_mb=strategy.bucket_mib, gradient_as_bucket_view=True
+                wrapped,
+                bucket_cap_mb=strategy.bucket_mib,
+                gradient_as_bucket_view=True,
+                # Otherwise it orders its buckets anew after its first step, and a resumed run sums three ranks in another order.
+                find_unused_parameters=dist.get_world_size() > 2,
             )
             # Whatever updates a buffer sums over ranks itself. Named otherwise from one torch to the next, hence set here.
             self._parallel.require_forward_param_sync = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -48,23 +48,40 @@ def page(runs: Sequence[Run]) -> str:
     charts = curves.charts(runs)
     sections = {
         "Results": tables.results(runs),
-        "Curves": _curves(runs, charts),
+        "Curves": curves_section(runs, charts),
         "Events": tables.events(runs),
         "Details": crops.side_by_side(runs),
         "Images": _images(runs),
         "Configuration": join([tables.config_differences(runs), tables.configs(runs)]),
         "Environment": tables.environment(runs),
     }
-    present = {name: body for name, body in sections.items() if body}
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    return document(title, join(_card(run) for run in runs), sections, runs, charts)
+
+
+def document(
+    title: str, cards: Markup, sections: Mapping[str, Markup], runs: Sequence[Run], charts: Sequence[dict[str, Any]],
+    style: str = "", script: str = "",
+) -> str:  # fmt: skip
+    """A whole page in the style of the report.
+
+    Args:
+        title: its heading.
+        cards: what stands first.
+        sections: by heading; empty ones are left out.
+        runs: that the charts are of.
+        charts: that the script draws into the figures of `curves_section`.
+        style, script: added behind the report's own.
+    """
+    present = {name: body for name, body in sections.items() if body}
     return Template(_asset("template.html")).substitute(
-        title=tables.join([title]),
-        style=_asset("report.css"),
-        script=_asset("report.js"),
+        title=join([title]),
+        style=_asset("report.css") + style,
+        script=_asset("report.js") + script,
         nav=join(tag("a", name, href=f"#{name.lower()}") for name in present),
-        cards=join(_card(run) for run in runs),
+        cards=cards,
         sections=join(tag("section", tag("h2", name), body, id=name.lower(), class_="part") for name, body in present.items()),
-        data=_script_json({"charts": charts, "runs": [{"name": run.name, "colour": run.colour % 6} for run in runs]}),
+        data=script_json({"charts": charts, "runs": [{"name": run.name, "colour": run.colour % 6} for run in runs]}),
         version=versions().get("tokar", ""),
     )
 
@@ -73,7 +90,7 @@ def _asset(name: str) -> str:
     return files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
-def _script_json(value: Any) -> str:
+def script_json(value: Any) -> str:
     """JSON that cannot end the script element it stands in."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
@@ -105,7 +122,7 @@ def _headlines(run: Run) -> list[tuple[str, float]]:
     return sorted(found.items(), key=lambda item: rank(item[0]))[:HEADLINES]
 
 
-def _curves(runs: Sequence[Run], charts: Sequence[dict[str, Any]]) -> Markup:
+def curves_section(runs: Sequence[Run], charts: Sequence[dict[str, Any]]) -> Markup:
     """Places for the charts; the script draws them."""
     if not charts:
         return Markup("")
@@ -185,7 +202,7 @@ def _flipbook(run: Run, name: str, items: Sequence[tuple[str, Path]]) -> Markup:
     if len(shown) > 1:
         play = tag("button", "Play", type="button", class_="chip play")
         slider = tag("input", type="range", min=0, max=len(shown) - 1, value=len(shown) - 1, aria_label=f"step of {name}")
-        frames_json = Markup(f'<script type="application/json">{_script_json(frames)}</script>')
+        frames_json = Markup(f'<script type="application/json">{script_json(frames)}</script>')
         controls = [tag("div", slider, play, class_="controls"), frames_json]
     caption = tag(
         "figcaption", tag("span", tables.swatch(run), tag("strong", name), " ", tag("span", run.name, class_="muted")), step

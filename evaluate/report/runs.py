@@ -136,27 +136,36 @@ def _read_environment(run: Run) -> None:
 
 
 def _read_rows(run: Run, name: str) -> list[Row]:
+    """Rows by step; lines on events go to the run's."""
+    found, broken = rows(run.folder / name, run.events)
+    if broken:
+        run.notes.append(f"{broken} unreadable line{'s' if broken > 1 else ''} of {name} left out")
+    return found
+
+
+def rows(path: Path, events: list[Row] | None = None) -> tuple[list[Row], int]:
     """Rows by step, the newest line of a step winning: a run that went back to a checkpoint took the steps behind it again.
 
-    Lines on events go to the run's.
+    Args:
+        path: of a file of metrics or timing.
+        events: takes the lines on events, which are no rows.
+
+    Returns:
+        The rows, none for a file that is not there, and how many lines could not be read.
     """
-    path = run.folder / name
     if not path.exists():
-        return []
-    rows: dict[int, Row] = {}
+        return [], 0
+    found: dict[int, Row] = {}
     broken = 0
     for line in path.read_text(errors="replace").splitlines():
         row = _parse(line)
         if row is None:
             broken += bool(line.strip())
-            continue
-        if "event" in row:
-            run.events.append(row)
-            continue
-        rows[row["step"]] = {**rows.get(row["step"], {}), **row}
-    if broken:
-        run.notes.append(f"{broken} unreadable line{'s' if broken > 1 else ''} of {name} left out")
-    return [rows[step] for step in sorted(rows)]
+        elif "event" not in row:
+            found[row["step"]] = {**found.get(row["step"], {}), **row}
+        elif events is not None:
+            events.append(row)
+    return [found[step] for step in sorted(found)], broken
 
 
 def _parse(line: str) -> Row | None:

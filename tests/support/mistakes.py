@@ -105,6 +105,26 @@ MISTAKES: dict[str, tuple[Mistake, ...]] = {
         Mistake("a deleted key that there is not", f"{CHECK} {VQGAN} ~optim.lrr"),
         Mistake("a sweep without -m", "tokar train tokenizer experiment=digits_vqgan optim.lr=1e-3,3e-4"),
         Mistake("a sweep with one bad point", "tokar train tokenizer experiment=digits_vqgan -m optim.lr=1e-3,-1"),
+        Mistake(
+            "a sweep of one misspelt key and another",
+            "tokar sweep classifier experiment=digits_classifier sweep.cuont=3 optim.lrr=1,2",
+        ),
+        Mistake("a point of a sweep that cannot be", "tokar sweep classifier experiment=digits_classifier optim.lr=1e-3,-1"),
+        Mistake("a sweep in which nothing varies", "tokar sweep classifier experiment=digits_classifier seed=1"),
+        Mistake("a grid over an interval", "tokar sweep classifier experiment=digits_classifier 'optim.lr=interval(0,1)'"),
+        Mistake("a sweep whose points are one run", "tokar sweep classifier experiment=digits_classifier data.workers=0,1"),
+        Mistake(
+            "a grid that should prune", "tokar sweep classifier experiment=digits_classifier seed=0,1 sweep/pruning=median"
+        ),
+        Mistake(
+            "a sweep on a cluster that is not named",
+            "tokar sweep classifier experiment=digits_classifier seed=0,1 sweep.backend=slurm",
+        ),
+        Mistake(
+            "a metric that does not say what is better",
+            "tokar sweep classifier experiment=digits_classifier seed=0,1 sweep.metric=val/x",
+        ),
+        Mistake("no sweep here", "tokar sweep status runs"),
         Mistake("a key of Hydra without -m", f"{CHECK} {VQGAN} hydra/launcher=submitit_slurm"),
         Mistake("one device and two", f"{CHECK} {VQGAN} strategy=single strategy.devices=2"),
         Mistake("fp16 on a CPU", f"{CHECK} {VQGAN} strategy.accelerator=cpu strategy.precision=fp16"),

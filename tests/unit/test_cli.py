@@ -27,6 +27,7 @@ def python(code, **more):
     "words",
     [["--help"], ["train", "--help"], ["train", "tokenizer", "--help"], ["--version"], ["trian"],
      ["config", "check", "tokenizer", "optim.lrr=1", "foo"], ["config", "check", "classifier", RECIPE],
+     ["sweep", "classifier", RECIPE, "optim.lr=-1,-2"], ["sweep", "status", "nowhere"],
      ["train", "tokenizer", "optim.lrr=1"], ["train", "tokenizer", "-m", "optim.lr=-1,-2"], ["sample", "nowhere", "sed=1"],
      ["evaluate", "nowhere", "sed=1"], ["data", "prepare", "sed=1"], ["encode"],
      ["config", "show", "generator", "--explain"], ["__complete", "tokar train tokenizer optim."]],

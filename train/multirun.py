@@ -20,12 +20,12 @@ from typing import Any
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from ..conf.compose import compose, root_config
 from ..conf.overrides import ROOT, for_hydra, is_hydras, parse_override
-from ..errors import ConfigError, UserError
+from ..conf.space import beside_the_first, compose_all, split_space
+from ..errors import UserError
 from .folder import run_folder
 from .signals import EXIT_INTERRUPTED, EXIT_REQUEUE
 
@@ -34,7 +34,7 @@ class PointFailedError(Exception):
     """A point of a sweep ended with an exit code that is not 0; launchers and sweepers see a failed job."""
 
 
-def sweep(stage: str, overrides: Sequence[str], objective: str | None = None) -> int:
+def multirun(stage: str, overrides: Sequence[str], objective: str | None = None) -> int:
     """Run every point of a sweep; returns 0, or 1 when a point failed (the others ran all the same).
 
     Args:
@@ -50,7 +50,7 @@ def sweep(stage: str, overrides: Sequence[str], objective: str | None = None) ->
     with initialize_config_dir(config_dir=str(ROOT), version_base=None):
         loader = GlobalHydra.instance().config_loader()
         parsed = [parse_override(text, loader) for text in overrides]
-        own = [override for override in parsed if not is_hydras(override.key_or_group)]
+        own = [text for text, override in zip(overrides, parsed, strict=True) if not is_hydras(override.key_or_group)]
         words = [for_hydra(override, loader) for override in parsed]
     runs = _check_points(stage, own)
     arguments = [*_hydra_settings(runs, {override.key_or_group for override in parsed}), *words]
@@ -68,32 +68,11 @@ def sweep(stage: str, overrides: Sequence[str], objective: str | None = None) ->
     return 0
 
 
-def _check_points(stage: str, overrides: Sequence[Override]) -> Path:
+def _check_points(stage: str, overrides: Sequence[str]) -> Path:
     """Check each value of each swept key beside the first values of the others; returns the folder of runs."""
-    values = [_values(override) for override in overrides]
-    first = [each[0] for each in values]
-    points = [first]
-    points += [[*first[:i], value, *first[i + 1 :]] for i, each in enumerate(values) for value in each[1:]]
-    problems: dict[str, None] = {}
-    for point in points:
-        try:
-            typed = compose(stage, point).typed
-        except ConfigError as error:
-            problems |= dict.fromkeys(error.lines)
-    if problems:
-        raise ConfigError(list(problems))
-    return Path(typed.paths.runs)
-
-
-def _values(override: Override) -> list[str]:
-    """One override for each value of a swept key."""
-    if not override.is_sweep_override():
-        return [str(override.input_line)]
-    key = override.get_key_element()
-    if not override.is_discrete_sweep():  # interval(0, 1): its ends stand for all between
-        value: Any = override.value()
-        return [f"{key}={value.start}", f"{key}={value.end}"]
-    return [f"{key}={value}" for value in override.sweep_string_iterator()]
+    fixed, dimensions = split_space(overrides)
+    composed = compose_all(stage, ([*fixed, *point] for point in beside_the_first(dimensions)))
+    return Path(composed[0].typed.paths.runs)
 
 
 def _hydra_settings(runs: Path, given: set[str]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tokar.cli import main
 from tokar.errors import UserError
-from tokar.train import sweep as module
+from tokar.train import multirun as module
 
 RECIPE = "experiment=digits_classifier"
 RECORD = """
@@ -91,7 +91,7 @@ def test_groups_ranges_and_quoted_values(fake):
 
 def test_an_unknown_launcher_is_one_line(fake):
     with pytest.raises(UserError, match="hydra/launcher/nope"):
-        module.sweep("classifier", [RECIPE, "seed=1,2", "hydra/launcher=nope"])
+        module.multirun("classifier", [RECIPE, "seed=1,2", "hydra/launcher=nope"])
 
 
 def test_objective_is_the_last_value_of_the_metric(fake, monkeypatch):
@@ -100,10 +100,10 @@ def test_objective_is_the_last_value_of_the_metric(fake, monkeypatch):
     returned = []
     monkeypatch.setattr(JobReturn, "__setattr__", lambda self, name, value: (
         returned.append(value) if name == "return_value" else None, object.__setattr__(self, name, value)))  # fmt: skip
-    assert module.sweep("classifier", [RECIPE, "seed=1,2"], objective="val/loss") == 0
+    assert module.multirun("classifier", [RECIPE, "seed=1,2"], objective="val/loss") == 0
     assert returned == [2.0, 2.0]
     with pytest.raises(UserError, match=r"no metric 'val/los'; choose one of: val/loss$"):
-        module.sweep("classifier", [RECIPE, "seed=3,4"], objective="val/los")
+        module.multirun("classifier", [RECIPE, "seed=3,4"], objective="val/los")
 
 
 def test_a_signal_reaches_the_point_which_ends_first(tmp_path):
@@ -114,7 +114,7 @@ def test_a_signal_reaches_the_point_which_ends_first(tmp_path):
         "time.sleep(60)\n"
     )
     code = (
-        "import sys, tokar.train.sweep as module; from tokar.cli import main\n"
+        "import sys, tokar.train.multirun as module; from tokar.cli import main\n"
         f"module.command = lambda stage, overrides: [sys.executable, '-c', {point!r}]\n"
         f"sys.exit(main(['train', 'classifier', '{RECIPE}', '-m', 'seed=1,2']))\n"
     )
