@@ -164,9 +164,10 @@ class NextToken(PlannedGenerator):
     @torch.no_grad()
     def propose(self, state: DecodeState, unit: int) -> Tensor:
         """Logits `[B, 1, V]` of token `unit`."""
-        if not state.compiled or unit == 0:
+        start = self.plan.span(unit).start
+        if not state.compiled or state.cache.length < start or unit == 0:
             return super().propose(state, unit)
-        position = torch.tensor([self.plan.span(unit).start], device=state.codes.device)
+        position = torch.tensor([start], device=state.codes.device)
         state.calls += 1
         return _compiled_step()(self, state.codes[:, unit - 1 : unit], state.condition, position, state.cache)
 
@@ -209,5 +210,8 @@ def _checked(condition: nn.Module | None, num_classes: int, dim: int, modulation
 
 
 def _rotary(plan: Plan, head_dim: int, positions: str) -> Tensor:
-    coords = [(slot,) for slot in range(plan.n_slots)] if positions == "rotary_class" else plan.coords
-    return rope_table(coords, head_dim)
+    """Rows of all slots and of the last token, which a generator never feeds but its one-step student does."""
+    if positions == "rotary_class":
+        return rope_table([(slot,) for slot in range(plan.n_slots + 1)], head_dim)
+    last = (plan.n_tokens - 1,) if plan.grid is None else (plan.grid[0] - 1, plan.grid[1] - 1)
+    return rope_table([*plan.coords, last], head_dim)

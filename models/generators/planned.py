@@ -158,12 +158,26 @@ class PlannedGenerator(Generator):
 
     @torch.no_grad()
     def propose(self, state: DecodeState, unit: int) -> Tensor:
-        """Logits `[B, U, V]` of the tokens of `unit`: its slots look at the cache and at each other."""
+        """Logits `[B, U, V]` of the tokens of `unit`: its slots look at the cache and at each other.
+
+        Slots before them that are not in the cache yet (see `resume`) are fed in the same pass.
+        """
         span = self.plan.span(unit)
-        x = self._fill(state.codes, state.condition, span, state.carry)
-        hidden = self._pass(x, state.condition, span, state.cache, masked=unit == 0 and self.plan.prefix > 0)
+        behind = state.cache.length < span.start
+        slots = slice(state.cache.length, span.stop) if behind else span
+        x = self._fill(state.codes, state.condition, slots, None if behind else state.carry)
+        masked = behind or (unit == 0 and self.plan.prefix > 0)
+        hidden = self._pass(x, state.condition, slots, state.cache, masked)
         state.calls += 1
-        return self._head(hidden, unit, unit + 1)
+        return self._head(hidden[:, span.start - slots.start :], unit, unit + 1)
+
+    @torch.no_grad()
+    def resume(self, state: DecodeState, codes: Tensor, unit: int) -> None:
+        """Take the units before `unit` as committed; nothing is computed until `unit` is proposed."""
+        for earlier in range(unit):
+            columns = self.plan.columns(earlier)
+            state.codes[:, columns] = codes[:, columns]
+            state.carry = self._advance(state.carry, earlier, codes[:, columns])
 
     @torch.no_grad()
     def commit(self, state: DecodeState, unit: int, values: Tensor) -> None:
