@@ -117,6 +117,15 @@ def _encode(arguments: Arguments) -> int:
     return encode(composed)
 
 
+def _pairs(arguments: Arguments) -> int:
+    from .conf.compose import compose
+
+    composed = compose("pairs", [positional("model", arguments.run), *arguments.overrides])
+    from .train.pairs import make_pairs
+
+    return make_pairs(composed)
+
+
 def _sample(arguments: Arguments) -> int:
     from .conf.compose import compose
 
@@ -265,6 +274,9 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "From what was trained": (
         Command("encode", "turn images into code shards", _encode, (argument("run", metavar="RUN", help=RUN), OVERRIDES),
                 stage="encode", example="tokar encode runs/digits_vqgan out=datasets/digits-codes"),
+        Command("distill pairs", "write noise and the codes that a teacher turns it into", _pairs,
+                (argument("run", metavar="TEACHER", help=RUN), OVERRIDES), stage="pairs",
+                example="tokar distill pairs runs/digits_llamagen count=20000 sampling.guidance=2"),
         Command("sample", "draw images from a generator", _sample, (argument("run", metavar="RUN", help=RUN), OVERRIDES),
                 stage="sample", example="tokar sample runs/digits_llamagen count=100 sampling.guidance=2"),
         Command("evaluate", "measure a run, a model or a set of images", _evaluate,

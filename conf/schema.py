@@ -88,6 +88,27 @@ class Sample(Node):
     strategy: Strategy
 
 
+class Pairs(Node):
+    """`tokar distill pairs`."""
+
+    stage: Literal["pairs"]
+    paths: Paths
+    model: Text = Field(description="the teacher: a generator run, checkpoint or exported model")
+    decode_with: Text | None = Field(None, description="its tokenizer; null takes the one it was trained with")
+    out: Text = Field(description="folder of the pairs")
+    count: PositiveInt = Field(description="pairs to learn from")
+    val_count: PositiveInt = Field(2000, description="pairs held out")
+    seed: NonNegativeInt = Field(0, description="pair i depends on (seed, i) alone")
+    solver: Literal["dpm", "heun", "euler"] = Field("dpm", description="of the flow: DPM-Solver++(2M), Heun, Euler")
+    solver_steps: PositiveInt = Field(100, description="of the solver, uniform in time")
+    fused: bool = Field(False, description="torch.compile each step of the solver; worth it on a GPU")
+    batch_size: PositiveInt = Field(64, description="pairs at once")
+    shard_size: PositiveInt = Field(16384, description="pairs per shard")
+    ema: bool = Field(True, description="averaged weights where there are some")
+    sampling: Sampling
+    strategy: Strategy
+
+
 class Features(Node):
     """The feature network of a Fréchet distance."""
 
@@ -163,6 +184,7 @@ SCHEMAS: dict[str, type[Node]] = {
     "prepare": Prepare,
     "encode": Encode,
     "sample": Sample,
+    "pairs": Pairs,
     "evaluate": Evaluate,
     "bench": Bench,
 }

@@ -86,7 +86,8 @@ class DD1VAR(VARGPT):
 
 def step_answers(student: Student, tokenizer: Any, classes: Tensor, noise: Tensor, steps: list[int]) -> dict[str, Tensor]:
     """What the original says at each of its steps, by the names of a parity file."""
-    codebook, x, answers = codebook_of(tokenizer), noise, {}
+    codebook, x = codebook_of(tokenizer), noise
+    answers: dict[str, Tensor] = {}
     for number, step in enumerate(steps, start=1):
         done = torch.full((len(noise),), student.tokens_in(step))
         x = torch.where(student.pending(done)[..., None], noise, x)

@@ -5,9 +5,6 @@ Shapes: `B` batch, `N` tokens of an image, `D` code width, `V` codebook.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,23 +48,3 @@ def decode_vectors(tokenizer: Tokenizer, vectors: Tensor) -> Tensor:
 def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Codes `[…]` int64 nearest to `vectors […, D]`."""
     return nearest_code(vectors.flatten(0, -2).float(), codebook.float()).view(vectors.shape[:-1])
-
-
-def gaussian(seed: int, ids: Sequence[int], tokens: int, dim: int) -> Tensor:
-    """The noise of each sample, `[B, N, D]` float32: a pure function of (seed, id), whatever the batch.
-
-    Philox's integers are the same in every version of numpy, those of its normal numbers are not promised to be: Box and
-    Muller's formula is applied here.
-
-    Args:
-        seed: not negative.
-        ids: of the samples, not negative.
-        tokens: `N`.
-        dim: `D`.
-    """
-    half = -(-tokens * dim // 2)
-    drawn = np.stack([np.random.Philox(key=[seed, index], counter=[0, 0, 0, 2]).random_raw(2 * half) for index in ids])
-    uniform = ((drawn >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    radius, angle = np.sqrt(-2 * np.log(uniform[:, :half])), 2 * np.pi * uniform[:, half:]
-    normal = np.concatenate((radius * np.cos(angle), radius * np.sin(angle)), axis=1)[:, : tokens * dim]
-    return torch.from_numpy(normal.astype(np.float32)).view(len(ids), tokens, dim)

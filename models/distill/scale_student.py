@@ -51,10 +51,13 @@ class ScaleStudent(Student):
     @torch.no_grad()
     def _init_weights(self, std: float) -> None:
         fresh = (self.start, self.positions, self.levels.weight, self.flags.weight, self.vector_head.out.weight)
-        for weight in (*fresh, *(layer.weight for layer in self.flag_layers)):
+        for weight in fresh:
             nn.init.trunc_normal_(weight, std=std)
-        for layer in (self.vector_head.out, *self.flag_layers):
-            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.vector_head.out.bias)
+        for layer in self.flag_layers.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=std)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, vectors: Tensor, condition: Tensor, done: Tensor) -> Prediction:
         """See `Student.forward`."""

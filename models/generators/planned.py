@@ -132,6 +132,18 @@ class PlannedGenerator(Generator):
             return found
         return found[:, self._layout_order.on(found.device)]
 
+    def features(self, values: Tensor, condition: Tensor) -> Tensor:
+        """Hidden states `[B, N, C]` from which each token is predicted, in the order of the plan; the head is not asked.
+
+        For families whose inputs may be vectors (next-scale, and next-token after `distill.adapt.continuous`) and that predict
+        one token at a slot.
+
+        Args:
+            values: codes `[B, N]`, or vectors `[B, N, D]` in their place.
+            condition: `[B, …]`.
+        """
+        return self._masked_pass(values, condition, self.plan.n_slots)[:, self.plan.prefix :]
+
     def loss(self, codes: Tensor, condition: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
         """Mean cross-entropy in nats per token, of float32 logits."""
         logits = self.logits(codes, condition).float()

@@ -4,9 +4,15 @@ import itertools
 import math
 
 import torch
+from tokar.data.randoms import gaussian
 from tokar.models.generators.base import Generator
 from tokar.models.generators.orders import sequence
 from torch.nn import functional as F
+
+
+def normal(seed, *shape):
+    """Noise that no generator's state stands behind."""
+    return torch.from_numpy(gaussian(seed, [0], shape)[0])
 
 
 def circle(vocab_size, radius=1.2):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from scipy import stats
 from tokar.models.distill import flow_map
-from tokar.models.distill.codebook import gaussian
 from tokar.models.distill.flow_map import Mixture, TokenMap
+from toy_teacher import normal
 
 TIMES = (0.05, 0.3, 0.6, 0.9, 0.98)
 
@@ -60,7 +60,7 @@ def chi_square(codes, log_p):
 def test_outcomes_are_distributed_as_the_source(solver, steps, exact):
     """60,000 draws tell 50 steps from none; ten of Euler's must be found out."""
     codes, log_p = source()
-    noise = gaussian(1, [0], 60_000, 4)[0]
+    noise = normal(1, 60_000, 4)
     found = chi_square(TokenMap(codes, solver, steps)(noise, log_p.expand(60_000, 16)), log_p)
     assert found > 0.01 if exact else found < 1e-6
 
@@ -68,7 +68,7 @@ def test_outcomes_are_distributed_as_the_source(solver, steps, exact):
 @pytest.mark.parametrize("solver", ["dpm", "heun", "euler"])
 def test_it_lands_on_codes(solver):
     codes, log_p = (part.double() for part in source())
-    noise, token_map = gaussian(2, range(500), 1, 4)[:, 0].double(), TokenMap(codes, solver, 50)
+    noise, token_map = normal(2, 500, 4).double(), TokenMap(codes, solver, 50)
     logits = log_p.expand(500, 16)
     landed = token_map.land(noise, logits)
     assert (landed - codes[token_map(noise, logits)]).norm(dim=1).max() < 1e-8
@@ -78,7 +78,7 @@ def test_codes_of_no_probability_are_never_taken():
     codes, log_p = source()
     few, none = log_p.clone(), log_p.clone()
     few[3:], none[:4] = -torch.inf, -torch.inf  # so few that they are gathered, and so many that they are not
-    noise = gaussian(3, [0], 2000, 4)[0]
+    noise = normal(3, 2000, 4)
     logits = torch.stack((few, none)).repeat(1000, 1)
     for rows in (slice(0, None, 2), slice(1, None, 2), slice(None)):
         found = TokenMap(codes, steps=20)(noise[rows], logits[rows])
@@ -91,7 +91,7 @@ def test_codes_of_no_probability_are_never_taken():
 def test_it_turns_with_the_codes():
     """Renamed codes give the same ones under their new names, rotated noise and codes the same ones."""
     codes, log_p = (part.double() for part in source())
-    noise, logits = gaussian(4, [0], 1000, 4)[0].double(), log_p.expand(1000, 16)
+    noise, logits = normal(4, 1000, 4).double(), log_p.expand(1000, 16)
     found = TokenMap(codes, steps=30)(noise, logits)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
     assert torch.equal(order[TokenMap(codes[order], steps=30)(noise, logits[:, order])], found)
@@ -103,7 +103,7 @@ def test_chunks_gathering_and_shapes_change_nothing():
     codes, log_p = source()
     logits = (log_p + torch.randn(6, 5, 16, generator=torch.Generator().manual_seed(0))).log_softmax(-1)
     truncated = logits.masked_fill(logits < logits.topk(5).values[..., -1:], -torch.inf)
-    noise = gaussian(5, range(6), 5, 4)
+    noise = normal(5, 6, 5, 4)
     for given in (logits, truncated):
         whole = TokenMap(codes)(noise, given)
         assert whole.shape == (6, 5)
@@ -120,21 +120,12 @@ def test_the_fused_path_equals_the_eager_one(monkeypatch):
     codes, log_p = source()
     logits = (log_p + torch.randn(40, 16, generator=torch.Generator().manual_seed(0))).log_softmax(-1)
     truncated = logits.masked_fill(logits < logits.topk(5).values[..., -1:], -torch.inf)
-    noise = gaussian(6, range(40), 1, 4)[:, 0]
+    noise = normal(6, 40, 4)
     for given in (logits, truncated):
         fused, eager = TokenMap(codes, fused=True), TokenMap(codes)
         assert torch.equal(fused(noise, given), eager(noise, given))
         assert torch.allclose(fused.land(noise, given), eager.land(noise, given), atol=1e-5)
     flow_map._compiled_step.cache_clear()
-
-
-def test_noise_is_of_the_sample_alone():
-    noise = gaussian(7, [3, 1000], 5, 3)
-    assert torch.equal(noise[1:], gaussian(7, [1000], 5, 3))
-    assert not torch.equal(noise, gaussian(8, [3, 1000], 5, 3))
-    many = gaussian(0, [0], 20_000, 3).flatten()
-    assert stats.kstest(many.numpy(), "norm").pvalue > 0.01
-    assert noise[0, 0].tolist() == pytest.approx([-0.9020237, 1.4971825, -1.2281495], abs=1e-6)
 
 
 @pytest.mark.parametrize("wrong", [{"solver": "rk4"}, {"steps": 0}])
