@@ -268,6 +268,8 @@ GROUPS: dict[str, tuple[Command, ...]] = {
                 example="tokar train tokenizer experiment=digits_vqgan -m optim.lr=1e-3,3e-4"),
         Command("train generator", "train a generator of codes", _train, TRAINING, stage="generator",
                 example="tokar train generator experiment=digits_llamagen codes.path=datasets/codes"),
+        Command("train distill", "train a one-step student of a generator", _train, TRAINING, stage="distill",
+                example="tokar train distill experiment=dd1_digits"),
         Command("train classifier", "train the small judge of samples", _train, TRAINING, stage="classifier",
                 example="tokar train classifier experiment=digits_classifier"),
     ),

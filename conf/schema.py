@@ -13,7 +13,7 @@ from pydantic import Field
 from ..ranges import NonNegativeInt, PositiveFloat, PositiveInt
 from .nodes import Component, Node, Text
 from .spine import Data, Paths, Strategy
-from .stages import ClassifierRun, GeneratorRun, Sampling, TokenizerParts, TokenizerRun
+from .stages import ClassifierRun, DistillRun, GeneratorRun, Sampling, TokenizerParts, TokenizerRun
 
 
 class Prepare(Node):
@@ -181,6 +181,7 @@ SCHEMAS: dict[str, type[Node]] = {
     "tokenizer": TokenizerRun,
     "generator": GeneratorRun,
     "classifier": ClassifierRun,
+    "distill": DistillRun,
     "prepare": Prepare,
     "encode": Encode,
     "sample": Sample,

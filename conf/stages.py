@@ -112,6 +112,36 @@ class GeneratorRun(Spine):
     sampling: Sampling
 
 
+class StudentShape(Node):
+    """What a one-step student learns of a trajectory; units are scales (VAR) or tokens (LlamaGen)."""
+
+    timesteps: Annotated[list[NonNegativeInt], Field(min_length=1)] = Field(
+        description="finished units from which it learns to go to the end: 0, and perhaps one for a second step"
+    )
+    split: NonNegativeInt = Field(description="tokens of the first so many units become codes, the others stay vectors")
+
+
+class DistillLosses(Node):
+    """Weights of the student's losses beside the cross-entropy, whose weight is 1."""
+
+    vector_weight: NonNegativeFloat = Field(1.0, description="of the squared distance of predicted vectors to the codes")
+    perceptual_weight: NonNegativeFloat = Field(0.0, description="of LPIPS between decoded images, which needs lpips_weights")
+    lpips_weights: Text | None = Field(None, description="file with VGG16 and linear-head weights")
+
+
+class DistillRun(Spine):
+    """`tokar train distill`."""
+
+    stage: Literal["distill"]
+    teacher: Text = Field(description="a generator run, checkpoint or exported model")
+    decode_with: Text | None = Field(None, description="its tokenizer; null takes the one it was trained with")
+    pairs: Text | None = Field(description="folder of `tokar distill pairs`; null draws them while training")
+    count: PositiveInt = Field(100_000, description="pairs=null: how many there are")
+    student: StudentShape
+    losses: DistillLosses
+    sampling: Sampling
+
+
 class ClassifierRun(Spine):
     """`tokar train classifier`."""
 

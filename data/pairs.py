@@ -87,3 +87,31 @@ class PairDataset(CodeDataset):
         """
         batch = super().fetch(indices, epochs, seed)
         return {**batch, "noise": pair_noise(self.seed, self.first + np.asarray(indices), self.layout)}
+
+
+class PairNumbers:
+    """Pairs whose codes are not there yet, by number, for the stream: their noise and class, from which a teacher makes them.
+
+    Args:
+        layout: of the codes, as plain values.
+        classes: class names; pair i is of class i mod their number.
+        seed: of the pairs.
+        count: of them.
+        held_out: numbers of the other split.
+    """
+
+    def __init__(self, layout: Mapping[str, Any], classes: Sequence[str], seed: int, count: int, held_out: bool) -> None:
+        self.layout, self.classes, self.seed, self._count = dict(layout), list(classes), seed, count
+        self.first = HELD_OUT if held_out else 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def key(self, i: int) -> str:
+        """The number of pair `i`."""
+        return str(self.first + i)
+
+    def fetch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+        """A batch for the stream: `noise` float32 `[B, T, D]`, `label` int64 `[B]`."""
+        numbers = self.first + np.asarray(indices)
+        return {"noise": pair_noise(self.seed, numbers, self.layout), "label": numbers % len(self.classes)}

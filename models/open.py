@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .build import load_model, locate_model, model_facts, weights_hash
+from .build import load_model, locate_model, model_facts, model_node, weights_hash
 from .generators.base import Generator
 from .samplers.guidance import Varying, check_guidance
 from .tokenizers.base import Tokenizer
@@ -38,11 +38,12 @@ def open_tokenizer(path: Path, *, ema: bool = True, expected_hash: str | None = 
 
 @dataclass(frozen=True)
 class OpenedGenerator:
-    """A generator, the tokenizer that decodes its codes, and what was saved beside the weights (`classes`, `layout`, …)."""
+    """A generator, the tokenizer that decodes its codes, what lies beside the weights (`classes`, `layout`, …), its node."""
 
     generator: Generator
     tokenizer: Tokenizer
     facts: dict[str, Any]
+    node: dict[str, Any]
 
     def check_guidance(self, guidance: Varying) -> None:
         """Make sure that the generator can be guided so; see `samplers.guidance.check_guidance`."""
@@ -72,4 +73,4 @@ def open_generator(path: Path, *, tokenizer: Path | None = None, ema: bool = Tru
         raise UserError(known, where=path, fix="give the place of the tokenizer with decode_with=…")
     opened = open_tokenizer(place, expected_hash=origin.get("hash"))
     generator.bind(opened)
-    return OpenedGenerator(generator, opened, facts)
+    return OpenedGenerator(generator, opened, facts, model_node(folder))
