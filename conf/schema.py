@@ -13,7 +13,7 @@ from pydantic import Field
 from ..ranges import NonNegativeInt, PositiveFloat, PositiveInt
 from .nodes import Component, Node, Text
 from .spine import Data, Paths, Strategy
-from .stages import ClassifierRun, DistillRun, GeneratorRun, Sampling, TokenizerParts, TokenizerRun
+from .stages import ClassifierRun, DistillRun, GeneratorRun, Sampling, StudentSampling, TokenizerParts, TokenizerRun
 
 
 class Prepare(Node):
@@ -85,6 +85,7 @@ class Sample(Node):
     scale: PositiveInt = Field(2, description="enlargement of the grid's pictures")
     ema: bool = Field(True, description="averaged weights where there are some")
     sampling: Sampling
+    student: StudentSampling = Field(StudentSampling(), description="of a one-step student, which reads no sampling")
     strategy: Strategy
 
 
@@ -156,6 +157,7 @@ class Evaluate(Node):
     ema: bool = Field(True, description="averaged weights where there are some")
     lpips_weights: Text | None = Field(None, description="file with VGG16 and linear-head weights; null leaves LPIPS out")
     sampling: Sampling | None = Field(None, description="null: as the run samples")
+    student: StudentSampling = Field(StudentSampling(), description="of a one-step student, which reads no sampling")
     strategy: Strategy
     out: Text | None = Field(None, description="null: the evaluation folder of the run")
 

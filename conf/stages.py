@@ -102,6 +102,15 @@ class Sampling(Node):
     )
 
 
+class StudentSampling(Node):
+    """How a one-step student is asked."""
+
+    steps: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = Field(
+        None, description="finished units at which its passes begin: [0] is one step; null: all that it was trained for"
+    )
+    split: NonNegativeInt | None = Field(None, description="tokens of the first so many units become codes; null: as trained")
+
+
 class GeneratorRun(Spine):
     """`tokar train generator`."""
 

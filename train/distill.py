@@ -53,8 +53,9 @@ def open_pairs(config: DistillRun, opened: OpenedGenerator) -> list[PairDataset 
         return [
             PairNumbers(layout, classes, config.seed, count, held) for count, held in zip(counts, (False, True), strict=True)
         ]
-    known = {"teacher": weights_hash(opened.generator), "sampling": config.sampling.model_dump(include=set(BAKED_IN))}
-    return [PairDataset(Path(config.pairs) / split, layout, tokenizer_hash, **known) for split in ("train", "val")]
+    teacher, sampling = weights_hash(opened.generator), config.sampling.model_dump(include=set(BAKED_IN))
+    folders = [Path(config.pairs) / split for split in ("train", "val")]
+    return [PairDataset(folder, layout, tokenizer_hash, teacher=teacher, sampling=sampling) for folder in folders]
 
 
 class DistillStage:

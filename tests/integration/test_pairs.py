@@ -1,5 +1,6 @@
 """Pairs of a teacher: killed and resumed, by two ranks, refused when they do not fit."""
 
+import json
 import os
 import random
 import subprocess
@@ -12,10 +13,11 @@ import torch
 from tokar.data.pairs import HELD_OUT, PairDataset, pair_noise
 from tokar.errors import UserError
 from tokar.models.build import weights_hash
-from tokar.models.distill.codebook import codebook_of
+from tokar.models.distill.codebook import codebook_of, nearest
+from tokar.models.distill.dd1 import generate
 from tokar.models.distill.flow_map import TokenMap
 from tokar.models.distill.trajectory import follow
-from tokar.models.open import open_generator
+from tokar.models.open import open_generator, open_student
 
 TOKENIZER = [
     "train", "tokenizer", "tokenizer.encoder.width=32", "tokenizer.encoder.multipliers=[1,1]", "tokenizer.encoder.blocks=1",
@@ -109,3 +111,61 @@ def test_what_does_not_fit_is_refused(folder, start, monkeypatch):
     monkeypatch.setattr("tokar.data.pairs.gaussian", lambda seed, ids, shape: np.zeros((len(ids), *shape), np.float32))
     with pytest.raises(UserError, match="comes out otherwise on this machine"):
         PairDataset(folder / "straight/train")
+
+
+STUDENT = [
+    "train", "distill", "teacher=teacher", "pairs=straight", "student.timesteps=[0,5]", "student.split=9", "data.image_size=16",
+    "loop.duration=6", "loop.batch_size=8", "loop.log_every=1", "loop.eval_every=3", "loop.eval_samples=10",
+    "loop.sample_every=6", "loop.save_every=2", "loop.keep=9", "sampling.guidance=2", "sampling.top_k=20",
+    "strategy.accelerator=cpu", "strategy.threads=1", "paths.runs=.",
+]  # fmt: skip
+
+
+def test_a_student_is_trained_killed_and_resumed(folder, start):
+    """It begins with the teacher's weights; the run that was killed ends with the bytes of the one that was not."""
+    assert start(folder, *STUDENT, "name=whole").wait() == 0
+    metrics = [json.loads(line) for line in (folder / "whole/metrics.jsonl").read_text().splitlines()]
+    last = [line for line in metrics if "val/sequence_accuracy" in line][-1]
+    assert last["val/tv_bound"] == pytest.approx(1 - last["val/sequence_accuracy"])
+    assert {"val/cross_entropy", "val/vector", "val/accuracy"} <= set(last)
+    pictures = {path.name.split("-", 2)[2] for path in (folder / "whole/samples").glob("*.png")}
+    assert pictures == {"one_step.png", "2_steps.png", "teacher.png"}
+    killed, moments = folder / "cut", random.Random(1)
+    command = start(folder, *STUDENT, "name=cut")
+    assert command.kill_when(lambda: (killed / "checkpoints/step-00000002").exists(), moments)
+    assert start(folder, *STUDENT, "name=cut").wait() == 0
+    for kept in ("metrics.jsonl", "checkpoints/step-00000006/student/model.safetensors",
+                 "checkpoints/step-00000006/student/ema.safetensors"):  # fmt: skip
+        assert (killed / kept).read_bytes() == (folder / "whole" / kept).read_bytes(), kept
+
+
+def test_a_student_is_sampled(folder, start):
+    """After the run above: the pictures' codes follow from seed and number; a step that it never learned is refused."""
+    ask = ["sample", "whole", "count=6", "save=[grid,codes]", "strategy.accelerator=cpu", "batch_size=4"]
+    command = start(folder, *ask, "student.steps=[0]", "student.split=16", "out=drawn")
+    assert command.wait() == 0, command.log.read_text()
+    assert "6 images at" in command.log.read_text()
+    assert "1 network calls each" in command.log.read_text()
+    opened = open_student(folder / "whole", tokenizer=folder / "tokenizer")
+    codebook, noise = codebook_of(opened.tokenizer), pair_noise(0, range(6), opened.tokenizer.layout.to_dict())
+    vectors = generate(opened.student, codebook, torch.arange(6), torch.from_numpy(noise), steps=[0], split=16)
+    assert np.array_equal(np.load(folder / "drawn/codes.npy"), nearest(vectors, codebook))
+    command = start(folder, *ask, "student.steps=[0,3]")
+    assert command.wait() == 2
+    assert "a step from 3 finished units, which this student was not trained for" in command.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["sampling.guidance=1.5"], "the pairs were drawn otherwise (guidance: 2.0 there, 1.5 here)"),
+        (["pairs=null", "teacher=tokenizer"], "holds a VQGAN, not a generator"),
+        (["student.timesteps=[0,16]"], "timesteps [0, 16] of 16 units; give 0 and rising numbers below 16"),
+    ],
+)
+def test_a_student_that_cannot_be_is_refused(folder, start, changes, message):
+    command = start(folder, *STUDENT, *changes, "name=refused")
+    assert command.wait() == 2
+    assert message in command.log.read_text()
+    assert command.log.read_text().count("\n") == 1
+    assert not (folder / "refused").exists()
