@@ -22,7 +22,7 @@ from .overrides import ROOT, Sorted, say_hydra, sort_overrides
 from .schema import FILLED, SCHEMAS
 from .signature import check_components, say
 
-TRAINING = ("tokenizer", "generator", "classifier", "distill")
+TRAINING = ("tokenizer", "generator", "classifier", "distill", "diffusion", "dd2")
 """Stages of `tokar train`."""
 
 NEUTRAL = (

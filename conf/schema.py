@@ -13,7 +13,17 @@ from pydantic import Field
 from ..ranges import NonNegativeInt, PositiveFloat, PositiveInt
 from .nodes import Component, Node, Text
 from .spine import Data, Paths, Strategy
-from .stages import ClassifierRun, DistillRun, GeneratorRun, Sampling, StudentSampling, TokenizerParts, TokenizerRun
+from .stages import (
+    ClassifierRun,
+    DD2Run,
+    DiffusionRun,
+    DistillRun,
+    GeneratorRun,
+    Sampling,
+    StudentSampling,
+    TokenizerParts,
+    TokenizerRun,
+)
 
 
 class Prepare(Node):
@@ -184,6 +194,8 @@ SCHEMAS: dict[str, type[Node]] = {
     "generator": GeneratorRun,
     "classifier": ClassifierRun,
     "distill": DistillRun,
+    "diffusion": DiffusionRun,
+    "dd2": DD2Run,
     "prepare": Prepare,
     "encode": Encode,
     "sample": Sample,

@@ -138,17 +138,50 @@ class DistillLosses(Node):
     lpips_weights: Text | None = Field(None, description="file with VGG16 and linear-head weights")
 
 
-class DistillRun(Spine):
-    """`tokar train distill`."""
+class TaughtRun(Spine):
+    """What every distillation has."""
 
-    stage: Literal["distill"]
     teacher: Text = Field(description="a generator run, checkpoint or exported model")
     decode_with: Text | None = Field(None, description="its tokenizer; null takes the one it was trained with")
     pairs: Text | None = Field(description="folder of `tokar distill pairs`; null draws them while training")
     count: PositiveInt = Field(100_000, description="pairs=null: how many there are")
+    sampling: Sampling
+
+
+class DistillRun(TaughtRun):
+    """`tokar train distill`."""
+
+    stage: Literal["distill"]
     student: StudentShape
     losses: DistillLosses
-    sampling: Sampling
+
+
+class DiffusionRun(TaughtRun):
+    """`tokar train diffusion`."""
+
+    stage: Literal["diffusion"]
+    width: PositiveInt = Field(1024, description="of the network that moves one token")
+    depth: PositiveInt = Field(3, description="its residual blocks")
+    hidden: PositiveInt = Field(1024, description="next-token teachers: of the layer that reads vectors in the place of codes")
+    fit_steps: NonNegativeInt = Field(1000, description="next-token teachers: steps to fit that layer to the table of codes")
+    draws: PositiveInt = Field(4, description="noises of each token in a step (MAR: 4)")
+    chunk: PositiveInt | None = Field(None, description="tokens whose scores are computed at once; null: all")
+    steps: PositiveInt = Field(10, description="Euler steps of each token when it draws")
+
+
+class DD2Run(TaughtRun):
+    """`tokar train dd2`."""
+
+    stage: Literal["dd2"]
+    diffusion: Text = Field(description="run of `tokar train diffusion`: where both networks begin")
+    align: Text | None = Field(None, description="a dd2 run to go on from: its averaged generator and its fake score network")
+    generator_rests: Length = Field(0, description="the generator's first update comes after so long (DD2's alignment: 8000)")
+    fake_updates: PositiveInt = Field(5, description="updates of the fake score network for each of the generator")
+    fake_optim: Optim
+    form: Literal["sid", "dmd"] = Field("sid", description="of the distillation loss; dmd needs less memory")
+    alpha: NonNegativeFloat = Field(1.0, description="of form=sid")
+    draws: PositiveInt = Field(4, description="noises of each token in a step")
+    chunk: PositiveInt | None = Field(None, description="tokens whose scores are computed at once; null: all")
 
 
 class ClassifierRun(Spine):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..conf.stages import DistillRun
+from ..conf.stages import DistillRun, TaughtRun
 from ..data.pairs import PairDataset, PairNumbers
 from ..data.stream import to_uint8
 from ..models.build import build, weights_hash
@@ -27,7 +27,7 @@ from .strategy import Trainable
 STEP_SALT = 1
 
 
-def open_teacher(config: DistillRun) -> OpenedGenerator:
+def open_teacher(config: TaughtRun) -> OpenedGenerator:
     """The teacher and its tokenizer.
 
     Raises:
@@ -40,7 +40,7 @@ def open_teacher(config: DistillRun) -> OpenedGenerator:
     return opened
 
 
-def open_pairs(config: DistillRun, opened: OpenedGenerator) -> list[PairDataset | PairNumbers]:
+def open_pairs(config: TaughtRun, opened: OpenedGenerator) -> list[PairDataset | PairNumbers]:
     """Pairs to learn from and those held out: as they lie on disk, or their numbers alone.
 
     Raises:

@@ -30,7 +30,8 @@ class VectorEmbedding(nn.Module):
         super().__init__()
         self.up, self.down = nn.Linear(embed_dim, hidden), nn.Linear(hidden, dim)
         self.register_buffer("codebook", torch.zeros(vocab_size, embed_dim))
-        init_normal(self, std=0.5 * embed_dim**-0.5)
+        init_normal(self.up, std=0.5 * embed_dim**-0.5)
+        init_normal(self.down)
 
     def forward(self, values: Tensor) -> Tensor:
         """Embeddings `[B, L, C]` of codes `[B, L]` or vectors `[B, L, D]`."""
@@ -62,3 +63,16 @@ def embedding_loss(embedding: VectorEmbedding, table: Tensor) -> Tensor:
     """`mean_i |mlp(c_i) - e_i|²` between the embeddings of all codes and the `table [V, C]` that they are to replace."""
     every = torch.arange(len(table), device=table.device)
     return (embedding(every[None])[0] - table).square().sum(-1).mean()
+
+
+def fit_embedding(embedding: VectorEmbedding, table: Tensor, codebook: Tensor, steps: int = 1000, lr: float = 3e-3) -> Tensor:
+    """Make an embedding say what `table [V, C]` says of the codes of `codebook [V, D]`; returns the loss that is left."""
+    embedding.codebook.copy_(codebook)
+    optimizer = torch.optim.Adam(embedding.parameters(), lr=lr)
+    loss = embedding_loss(embedding, table)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = embedding_loss(embedding, table)
+        loss.backward()
+        optimizer.step()
+    return loss.detach()

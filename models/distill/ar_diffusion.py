@@ -107,8 +107,10 @@ class ARDiffusion(nn.Module):
         """Posterior mean `E[x_0 | x_tau] = x - tau·v`, `[…, N, D]`."""
         return x - tau[..., None] * self.velocity(features, x, tau)
 
-    def forward(self, values: Tensor, condition: Tensor, x: Tensor, tau: Tensor) -> Tensor:
-        """Velocities in one call, which wrappers of distributed training see."""
+    def forward(self, values: Tensor, condition: Tensor, x: Tensor | None = None, tau: Tensor | None = None) -> Tensor:
+        """Velocities at `x` and `tau`, or without them what `generate` makes of noise: the entry that wrappers see."""
+        if x is None or tau is None:
+            return self.generate(values, condition)
         return self.velocity(self.features(values, condition), x, tau)
 
     def generate(self, noise: Tensor, condition: Tensor) -> Tensor:

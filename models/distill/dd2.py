@@ -24,6 +24,8 @@ from .flow_map import Mixture
 Form = Literal["sid", "dmd"]
 TeacherLogits = Callable[[Tensor], Tensor]
 """Logits `[B, N, V]` of the teacher, guided and truncated, given a prefix of vectors `[B, N, D]`."""
+Velocities = Callable[..., Tensor]
+"""An `ARDiffusion`, or its wrapper: `(prefix, condition, x, tau)` to velocities."""
 LEAST, MOST = 0.02, 0.98
 """Range of the noise levels drawn: at 0 the closed form has no width, at 1 the prefix alone decides."""
 _FLAT = 1e-2  # least weight: where generator and teacher agree, the gradient is not blown up
@@ -76,7 +78,7 @@ def draw_levels(draws: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ground_truth_score_loss(
-    model: ARDiffusion, codes: Tensor, condition: Tensor, teacher: TeacherScore, codebook: Tensor, tau: Tensor, noise: Tensor
+    model: Velocities, codes: Tensor, condition: Tensor, teacher: TeacherScore, codebook: Tensor, tau: Tensor, noise: Tensor
 ) -> Tensor:
     """GTS, `|v_psi - v_Phi|²` on sequences that the teacher drew: regresses its exact velocity, not one draw of it.
 
@@ -97,7 +99,7 @@ def ground_truth_score_loss(
 
 
 def fake_score_loss(
-    model: ARDiffusion, vectors: Tensor, prefix: Tensor, condition: Tensor, tau: Tensor, noise: Tensor
+    model: Velocities, vectors: Tensor, prefix: Tensor, condition: Tensor, tau: Tensor, noise: Tensor
 ) -> Tensor:
     """Denoising, `|v_psi - (eps - x)|²`: the fake score network learns how generated tokens are distributed given a prefix.
 
@@ -141,12 +143,11 @@ def distillation_loss(x: Tensor, real: Tensor, fake: Tensor, form: Form = "sid",
 
 
 def generator_loss(
-    generator: ARDiffusion,
+    x: Tensor,
     fake: ARDiffusion,
     teacher_logits: TeacherLogits,
     codebook: Tensor,
     condition: Tensor,
-    start: Tensor,
     tau: Tensor,
     noise: Tensor,
     *,
@@ -162,12 +163,11 @@ def generator_loss(
     and of the fake score network its head; freeze that network's parameters meanwhile.
 
     Args:
-        generator: to be trained.
+        x: made by the generator that is to be trained, `[B, N, D]`.
         fake: score network of its outputs.
         teacher_logits: of the teacher, given the prefix.
         codebook: `[V, D]`.
         condition: `[B]`.
-        start: noise that it begins with, `[B, N, D]`.
         tau: `[M, B, N]`.
         noise: `[M, B, N, D]`.
         form: see `distillation_loss`.
@@ -176,7 +176,6 @@ def generator_loss(
         support: see `TeacherScore`.
         chunk: see `TeacherScore`.
     """
-    x = generator.generate(start, condition)
     prefix = prefix_of(x, codebook, snap)
     with torch.no_grad():
         teacher = TeacherScore(teacher_logits(prefix), codebook, support, chunk)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...ranges import NonNegativeInt
 from ..attention import Context
-from ..generators.next_scale import NextScale
+from ..generators.next_scale import NextScale, ScaleGenerator
 from ..generators.planned import Facts
 from .student import Prediction, Student, check_teacher_of
 
@@ -32,6 +32,8 @@ class ScaleStudent(Student):
     Raises:
         ValueError: another teacher, or what `Student` refuses.
     """
+
+    undecayed = (*ScaleGenerator.undecayed, "flags.weight")
 
     def __init__(
         self, teacher: nn.Module, timesteps: Sequence[NonNegativeInt], split: NonNegativeInt, flag_layers: bool = True
