@@ -141,7 +141,7 @@ class DistillLosses(Node):
 class TaughtRun(Spine):
     """What every distillation has."""
 
-    teacher: Text = Field(description="a generator run, checkpoint or exported model")
+    model: Text = Field(description="the teacher: a generator run, checkpoint or exported model")
     decode_with: Text | None = Field(None, description="its tokenizer; null takes the one it was trained with")
     pairs: Text | None = Field(description="folder of `tokar distill pairs`; null draws them while training")
     count: PositiveInt = Field(100_000, description="pairs=null: how many there are")

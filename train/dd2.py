@@ -39,7 +39,7 @@ class _Taught:
         self.choices = choices_for(self.teacher, **self.baked_in)
         kept = config.sampling.top_k
         self.support = kept if 0 < kept < self.teacher.vocab_size else None
-        self.facts = {**opened.facts, "teacher": {"path": config.teacher, "hash": weights_hash(self.teacher)}}
+        self.facts = {**opened.facts, "teacher": {"path": config.model, "hash": weights_hash(self.teacher)}}
         self.frozen: list[nn.Module] = [self.tokenizer.requires_grad_(False).eval(), self.teacher.requires_grad_(False).eval()]
 
     def logits(self, codes: Tensor, condition: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def open_teacher(config: TaughtRun) -> OpenedGenerator:
         UserError: none there, or of a kind that has no trajectories.
     """
     place = Path(config.decode_with) if config.decode_with else None
-    opened = open_generator(Path(config.teacher), tokenizer=place)
+    opened = open_generator(Path(config.model), tokenizer=place)
     check_teacher(opened.generator)
     opened.check_guidance(config.sampling.guidance)
     return opened
@@ -72,7 +72,7 @@ class DistillStage:
         node = student_node(opened.node, self.teacher, self.codebook.shape[1], config.student.timesteps, config.student.split)
         self.student = build(node)
         self.student.load_state_dict(self.student.weights_from(self.teacher))
-        facts = {**opened.facts, "teacher": {"path": config.teacher, "hash": weights_hash(self.teacher)}}
+        facts = {**opened.facts, "teacher": {"path": config.model, "hash": weights_hash(self.teacher)}}
         self.trainables = {"student": Trainable(self.student, node, config.optim, facts=facts)}
         self.frozen: list[nn.Module] = [self.tokenizer.requires_grad_(False).eval(), self.teacher.requires_grad_(False).eval()]
         self.lpips: LPIPS | None = None

@@ -141,7 +141,7 @@ def take_step(start, noise, captioned, folder):
             elif name in TOKENIZERS:
                 overrides += ["codes.path=null", f"codes.tokenizer={take(TOKENIZERS[name])}"]
             elif name in TEACHERS:
-                overrides += ["pairs=null", "count=4", f"teacher={take(TEACHERS[name])}"]
+                overrides += ["pairs=null", "count=4", f"model={take(TEACHERS[name])}"]
             if "perceptual_weight" in TEXTS[name]:
                 overrides.append("losses.lpips_weights=lpips.safetensors")
             if "override /discriminator: dino" in TEXTS[name]:

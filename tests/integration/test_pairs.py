@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_refused(folder, start, monkeypatch):
 
 
 STUDENT = [
-    "train", "distill", "teacher=teacher", "pairs=straight", "student.timesteps=[0,5]", "student.split=9", "data.image_size=16",
+    "train", "distill", "model=teacher", "pairs=straight", "student.timesteps=[0,5]", "student.split=9", "data.image_size=16",
     "loop.duration=6", "loop.batch_size=8", "loop.log_every=1", "loop.eval_every=3", "loop.eval_samples=10",
     "loop.sample_every=6", "loop.save_every=2", "loop.keep=9", "sampling.guidance=2", "sampling.top_k=20",
     "strategy.accelerator=cpu", "strategy.threads=1", "paths.runs=.",
@@ -159,7 +159,7 @@ def test_a_student_is_sampled(folder, start):
     ("changes", "message"),
     [
         (["sampling.guidance=1.5"], "the pairs were drawn otherwise (guidance: 2.0 there, 1.5 here)"),
-        (["pairs=null", "teacher=tokenizer"], "holds a VQGAN, not a generator"),
+        (["pairs=null", "model=tokenizer"], "holds a VQGAN, not a generator"),
         (["student.timesteps=[0,16]"], "timesteps [0, 16] of 16 units; give 0 and rising numbers below 16"),
     ],
 )
@@ -172,7 +172,7 @@ def test_a_student_that_cannot_be_is_refused(folder, start, changes, message):
 
 
 TAUGHT = [
-    "teacher=teacher", "pairs=straight", "data.image_size=16", "loop.batch_size=8", "loop.log_every=1", "loop.eval_samples=8",
+    "model=teacher", "pairs=straight", "data.image_size=16", "loop.batch_size=8", "loop.log_every=1", "loop.eval_samples=8",
     "sampling.guidance=2", "sampling.top_k=20", "draws=2", "strategy.accelerator=cpu", "strategy.threads=1", "paths.runs=.",
 ]  # fmt: skip
 
