@@ -160,7 +160,7 @@ def test_a_student_is_sampled(folder, start):
     [
         (["sampling.guidance=1.5"], "the pairs were drawn otherwise (guidance: 2.0 there, 1.5 here)"),
         (["pairs=null", "model=tokenizer"], "holds a VQGAN, not a generator"),
-        (["student.timesteps=[0,16]"], "timesteps [0, 16] of 16 units; give 0 and rising numbers below 16"),
+        (["student.timesteps=[0,64]"], "timesteps [0, 64] of 64 units; give 0 and rising numbers below 64"),
     ],
 )
 def test_a_student_that_cannot_be_is_refused(folder, start, changes, message):
