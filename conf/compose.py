@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
 from hydra import compose as hydra_compose
@@ -16,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from ..errors import ConfigError, UserError, nearest
-from .duration import Duration
+from .conflicts import conflicts
 from .nodes import Node
 from .overrides import ROOT, Sorted, say_hydra, sort_overrides
 from .schema import FILLED, SCHEMAS
@@ -26,8 +25,10 @@ TRAINING = ("tokenizer", "generator", "classifier", "distill", "diffusion", "dd2
 """Stages of `tokar train`."""
 
 NEUTRAL = (
-    "name", "paths", "logger", "loop.log_every", "loop.keep", "loop.keep_every", "data.source", "data.path", "data.workers",
-    "data.decoder", "data.prepare_size", "strategy.threads", "resume_from",
+    "name", "paths", "logger", "loop.log_every", "loop.keep", "loop.keep_every", "loop.save_async", "loop.accumulate",
+    "data.source", "data.path", "data.workers", "data.decoder", "data.prepare_size", "resume_from",
+    *(f"strategy.{key}" for key in ("name", "devices", "nodes", "accelerator", "recompute", "channels_last", "offload",
+                                    "reshard", "persistent", "bucket_mib", "backend", "timeout", "threads")),
 )  # fmt: skip
 """Keys that do not change what a run computes: they neither name its folder nor forbid to resume it."""
 
@@ -100,7 +101,7 @@ def check(stage: str, plain: dict[str, Any], overrides: Sequence[str] = (), prob
         found += _schema_problems(error, SCHEMAS[stage])
     found += check_components(plain, FILLED.get(stage, frozenset()))
     if typed is not None:
-        found += _conflicts(typed)
+        found += conflicts(typed)
     if found or typed is None:
         raise ConfigError(found)
     return Composed(typed, plain, tuple(overrides))
@@ -179,54 +180,6 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     if get_origin(annotation) is Union or get_args(annotation):
         return next((model for model in map(_model_in, get_args(annotation)) if model), None)
     return None
-
-
-def _conflicts(config: Any) -> Iterator[str]:
-    """Pairs of settings that cannot work together, each with the nearest that does."""
-    if getattr(config, "losses", None) is not None:
-        yield from _lpips_conflicts(config.losses)
-    if hasattr(config, "discriminator"):
-        yield from _loss_conflicts(config.losses, config.discriminator)
-    codes = getattr(config, "codes", None)
-    if codes is not None and not codes.path and not codes.tokenizer:
-        yield "codes.tokenizer: missing; give a tokenizer run (codes.tokenizer=runs/…) or code shards (codes.path=…)"
-    loop, strategy = getattr(config, "loop", None), getattr(config, "strategy", None)
-    if loop is not None and strategy is not None:
-        yield from _batch_conflicts(loop, strategy)
-    if strategy is not None:
-        yield from _strategy_conflicts(strategy)
-
-
-def _lpips_conflicts(losses: Any) -> Iterator[str]:
-    if losses.perceptual_weight > 0 and not losses.lpips_weights:
-        yield "losses.lpips_weights: missing; LPIPS needs a weights file, give its path or set losses.perceptual_weight=0"
-    if losses.lpips_weights and not Path(losses.lpips_weights).is_file():
-        yield f"losses.lpips_weights: no file {losses.lpips_weights}; give the path of VGG16 and linear-head weights"
-
-
-def _loss_conflicts(losses: Any, discriminator: Any) -> Iterator[str]:
-    if losses.convnext_weight > 0 and not losses.convnext_path:
-        yield "losses.convnext_path: missing; give a folder or hub id of a ConvNeXt, or set losses.convnext_weight=0"
-    for key in ("adaptive", "r1_weight", "lecam_weight"):
-        if getattr(losses, key) and discriminator is None:
-            off = "false" if key == "adaptive" else "0"
-            yield f"losses.{key}: there is no discriminator; set losses.{key}={off} or discriminator=patchgan"
-    if losses.adaptive and Duration.parse(losses.auxiliary_end).value > 0:
-        yield "losses.adaptive: cannot tell the shortcut from the reconstruction; set losses.auxiliary_end=0 or adaptive=false"
-
-
-def _batch_conflicts(loop: Any, strategy: Any) -> Iterator[str]:
-    parts = strategy.devices * strategy.nodes * loop.accumulate
-    if loop.batch_size < parts:
-        yield (f"loop.batch_size: {loop.batch_size} samples cannot fill {parts} micro-batches "
-               f"(devices × nodes × accumulate); raise it to {parts} or lower loop.accumulate")  # fmt: skip
-
-
-def _strategy_conflicts(strategy: Any) -> Iterator[str]:
-    if strategy.name == "single" and strategy.devices * strategy.nodes > 1:
-        yield f"strategy.name: single uses one device, not {strategy.devices * strategy.nodes}; set strategy=ddp"
-    if strategy.precision == "fp16" and strategy.accelerator == "cpu":
-        yield "strategy.precision: fp16 needs a GPU; set strategy.precision=bf16 or fp32"
 
 
 def flatten(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -83,6 +83,7 @@ class Loop(Node):
     eval_every: Length | None = Field(None, description="null: only at the end")
     sample_every: Length | None = Field(None, description="pictures while training")
     save_every: Length | None = Field(None, description="checkpoints; null: only at the end")
+    save_async: bool = Field(True, description="write checkpoints while training goes on")
     keep: PositiveInt = Field(2, description="newest checkpoints kept")
     keep_every: Length | None = Field(None, description="checkpoints at multiples of this are never pruned")
     eval_samples: PositiveInt = Field(1024, description="images of the validation split looked at")
@@ -91,17 +92,38 @@ class Loop(Node):
 class Strategy(Node):
     """How the work is spread and in what precision."""
 
-    name: Literal["single", "ddp"] = Field("single", description="one device, or data-parallel ranks")
+    name: Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"] = Field(
+        "single",
+        description="one device; whole networks on every rank; shards of everything by FSDP2; or by DeepSpeed's ZeRO shards of "
+        "moments, gradients too, weights too",
+    )
     devices: PositiveInt = Field(1, description="on each node")
     nodes: PositiveInt = Field(1, description="machines")
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the arithmetic; weights stay in fp32")
-    compile: bool = Field(False, description="torch.compile each network")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="of products and convolutions; weights stay in fp32; fp16 scales the loss"
+    )
+    compile: bool = Field(False, description="torch.compile each repeated unit of a network")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="activation checkpointing: units keep their inputs, or also the results of products and attention, and "
+        "compute the rest again in the backward pass",
+    )
     attention: Literal["auto", "sdpa", "flex", "flash"] = Field(
         "auto",
         description="kernel of a generator's attention; auto: flash-attn where it is installed and fits, else torch's sdpa",
     )
-    channels_last: bool = Field(True, description="memory format of convolutions")
+    channels_last: bool = Field(True, description="memory format of convolutions; single and ddp only")
+    offload: Literal["none", "optimizer"] = Field(
+        "none", description="zero2 and zero3 on GPUs: moments and masters in host memory"
+    )
+    reshard: bool = Field(
+        True, description="fsdp: free a unit's weights after its forward; false gathers once, for more memory"
+    )
+    persistent: NonNegativeInt = Field(100_000, description="zero3: parameters of fewer elements stay on every rank")
+    bucket_mib: PositiveInt = Field(25, description="gradients that ranks exchange at once, MiB")
+    backend: Literal["auto", "nccl", "gloo"] = Field("auto", description="between ranks; auto: nccl for GPUs, else gloo")
+    timeout: PositiveInt = Field(1800, description="seconds after which ranks that wait for one another give up")
     threads: NonNegativeInt = Field(0, description="CPU threads per process; 0 leaves torch's choice")
 
 

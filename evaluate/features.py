@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UserError, nearest
-from ..models.build import EMA_NAME, WEIGHTS_NAME, load_model, load_strict, locate_model
+from ..models.build import load_model, load_strict, locate_model, weights_hash
 from ..models.classifier import Classifier
 from .inception import INPUT_SIZE, POOL_DIM, FIDInception
 from .protocol import file_hash
@@ -175,8 +175,7 @@ class ClassifierFeatures(FeatureNet):
                 f"holds a {type(network).__name__}, no classifier", where=folder, fix="train one: tokar train classifier"
             )
         self.folder, self.network, self.dim = folder, network, network.feature_dim
-        used = EMA_NAME if (folder / EMA_NAME).exists() else WEIGHTS_NAME
-        self.sha256 = file_hash(folder / used)
+        self.sha256 = weights_hash(network)
         self.eval().requires_grad_(False)
 
     def protocol(self) -> dict[str, Any]:

@@ -9,20 +9,18 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import UserError
+from .weights import WeightFiles, part_name, save_weights, write_streamed
 
-CONFIG_NAME, WEIGHTS_NAME, EMA_NAME = "config.json", "model.safetensors", "ema.safetensors"
+CONFIG_NAME, WEIGHTS, EMA = "config.json", "model", "ema"
+"""In a model folder: the config node, and the stems of the weights and of their average (see `weights.py`)."""
 MARKER = "COMPLETE"
 """Written last into a checkpoint: size and SHA-256 of every file in it."""
 
@@ -77,29 +75,14 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     content = {"model": dict(node), **(extra or {})}
     (folder / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n")
-    save_weights({name: tensor.detach().clone() for name, tensor in weights.items()}, folder / WEIGHTS_NAME)
-
-
-def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors, no two of which share memory, as safetensors.
-
-    Raises:
-        OSError: the disk is full, or the place cannot be written.
-    """
-    try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
-    except SafetensorError as error:  # it hides what the system said in its text
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    save_weights({name: tensor.detach().clone() for name, tensor in weights.items()}, folder / part_name(WEIGHTS, 0, 1))
 
 
 def load_model(folder: Path, *, ema: bool = True, device: str | torch.device = "cpu", trusted: bool = False) -> nn.Module:
     """Read a model folder, strictly, in eval mode.
 
     Args:
-        folder: holds `config.json` and `model.safetensors` (and perhaps `ema.safetensors`).
+        folder: holds `config.json` and the weights, perhaps also their average.
         ema: prefer the averaged weights where there are some.
         device: where the weights go.
         trusted: see `build`.
@@ -116,25 +99,34 @@ def load_model(folder: Path, *, ema: bool = True, device: str | torch.device = "
         ) from error
     with torch.device("meta"):
         model = build(node, trusted=trusted)
-    file = _weights_file(folder, ema)
-    load_strict(model, read_weights(file), where=file)
+    files = weight_files(folder, ema)
+    load_strict(model, files.all(), where=folder)
     return model.to(device).eval()
 
 
-def _weights_file(folder: Path, ema: bool) -> Path:
+def weight_files(folder: Path, ema: bool = True) -> WeightFiles:
     """The weights of a model folder; in a checkpoint they must be those that its marker records.
+
+    Args:
+        folder: of the model.
+        ema: prefer the averaged weights where there are some.
 
     Raises:
         UserError: they changed after they were written.
     """
-    file = folder / (EMA_NAME if ema and (folder / EMA_NAME).exists() else WEIGHTS_NAME)
+    files = WeightFiles(folder, EMA if ema and WeightFiles.exist(folder, EMA) else WEIGHTS)
     marker = folder.parent / MARKER
-    if marker.is_file() and file.is_file():
-        recorded = _read_json(marker).get(f"{folder.name}/{file.name}", {}).get("sha256")
-        with file.open("rb") as content:
-            if recorded not in (None, hashlib.file_digest(content, "sha256").hexdigest()):
-                raise UserError("changed after it was written", where=file, fix="point at another checkpoint of the run")
-    return file
+    recorded = _read_json(marker) if marker.is_file() else {}
+    for file in files.paths:
+        known = recorded.get(f"{folder.name}/{file.name}", {}).get("sha256")
+        if known is not None and file.is_file() and known != _digest(file):
+            raise UserError("changed after it was written", where=file, fix="point at another checkpoint of the run")
+    return files
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -144,45 +136,35 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError("the checkpoint is damaged", where=path, fix="point at another checkpoint of the run") from error
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file by name.
-
-    Raises:
-        UserError: missing, truncated or not a safetensors file.
-    """
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot be read ({error})", where=path, fix="the file is missing or broken: export or copy it again"
-        ) from error
-
-
 def load_strict(model: nn.Module, weights: Mapping[str, Tensor], *, where: object) -> None:
     """Load weights in which every key and shape must fit; the model may live on the meta device.
 
     Raises:
-        UserError: see `check_fit`.
+        UserError: see `check_shapes`.
     """
-    check_fit(model, weights, where=where)
+    check_shapes(shapes_of(model.state_dict()), shapes_of(weights), type(model).__name__, where=where)
     model.load_state_dict(dict(weights), assign=True)
 
 
-def check_fit(model: nn.Module, weights: Mapping[str, Tensor], *, where: object) -> None:
-    """Every key and shape of `weights` must be the model's.
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """Shapes by name."""
+    return {name: value.shape for name, value in tensors.items()}
+
+
+def check_shapes(own: Mapping[str, torch.Size], given: Mapping[str, torch.Size], family: str, *, where: object) -> None:
+    """Every key and shape of `given` must be the model's `own`.
 
     Raises:
         UserError: names the first missing, unexpected or misshapen keys.
     """
-    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in weights.items()}
     problems = [f"missing {name}" for name in own if name not in given]
     problems += [f"unexpected {name}" for name in given if name not in own]
-    problems += [f"{name} is {given[name]}, not {own[name]}" for name in own if name in given and own[name] != given[name]]
+    common = [name for name in own if name in given and own[name] != given[name]]
+    problems += [f"{name} is {tuple(given[name])}, not {tuple(own[name])}" for name in common]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise UserError(
-            f"weights do not fit {type(model).__name__}: {', '.join(problems[:4])}{more}",
+            f"weights do not fit {family}: {', '.join(problems[:4])}{more}",
             where=where,
             fix="use the config these weights were trained with",
         )
@@ -231,6 +213,8 @@ def locate_model(path: Path, name: str | None = None) -> Path:
 def export_model(source: Path, out: Path, *, ema: bool = True) -> Path:
     """Write the model that `source` means (see `locate_model`) as a model folder; no code named in it is run.
 
+    The weights become one file whatever the ranks that wrote them; they pass through memory one tensor at a time.
+
     Args:
         source: a run, a checkpoint or a model folder.
         out: the folder to write.
@@ -240,8 +224,10 @@ def export_model(source: Path, out: Path, *, ema: bool = True) -> Path:
         UserError: there is no model, or its weights cannot be read.
     """
     folder = locate_model(source)
-    node = json.loads((folder / CONFIG_NAME).read_text())["model"]
-    save_model(out, node, read_weights(_weights_file(folder, ema)), model_facts(folder))
+    files = weight_files(folder, ema)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / CONFIG_NAME).write_text((folder / CONFIG_NAME).read_text())
+    write_streamed(files.kinds, files.read, out / part_name(WEIGHTS, 0, 1))
     return out
 
 

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ranges import Fraction, PositiveInt
+from .layers import Unit
 
 GROUPS = 8
 SMALLEST_GRID = 4
 
 
-class DownBlock(nn.Module):
+class DownBlock(Unit):
     """Halve the grid, then one residual convolution; group norm, so that a batch of one is judged like any other."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:

@@ -10,6 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class Unit(nn.Module):
+    """A part that a network repeats: whoever compiles, recomputes or shards a network does so unit by unit.
+
+    Units do not lie in one another, and their inputs and outputs are tensors.
+    """
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm: computed in float32, cast back to the input's type, then scaled.
 

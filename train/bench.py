@@ -33,9 +33,10 @@ from .bench_quantizer import bench_quantizer
 from .clock import Clock
 from .folder import code_state
 from .logging import forget_peak, memory
+from .network import Network, Trainable
 from .randomness import seed_step
 from .stages import check_image_size, fill, sizes_of
-from .strategy import Network, Trainable, Workers
+from .strategy import Workers
 from .tokenizer import TokenizerStage
 
 Row = dict[str, float]

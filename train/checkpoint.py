@@ -1,191 +1,244 @@
-"""What is saved, where, and how it is read back.
+"""What a checkpoint holds, and how it gets out of a run and back into one, of any number of ranks and any strategy.
 
-A checkpoint is a folder `checkpoints/step-00001000/` with a model folder for each network (`config.json`,
-`model.safetensors`, `ema.safetensors`, `optim.safetensors`), `meters.safetensors`, `state.json`, and the marker `COMPLETE`
-with the size and SHA-256 of every file. It is written under a temporary name, the marker last, then renamed: a folder
-without a marker does not count. Nothing in it is pickled.
+For each network a model folder (`config.json`, `model`, `ema`, `optim`, see `weights.py`), the meters of every rank, and
+`state.json`. Everything about a parameter lies there by its name, in float32 and in pieces of its flattened elements (see
+`pieces.py`): the same world reads back what it wrote, bit by bit, and any other the same numbers. Nothing is pickled.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
+import threading
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from ..errors import UserError
-from ..models.build import CONFIG_NAME, EMA_NAME, MARKER, WEIGHTS_NAME, check_fit, read_weights, save_model, save_weights
-from .optim import export_state, import_state
-from .strategy import Network
+from ..models.build import CONFIG_NAME, EMA, WEIGHTS, check_shapes
+from ..models.weights import WeightFiles, part_name, read_weights
+from . import store
+from .network import Network
+from .optim import MOMENTS, moments
+from .pieces import Piece, share
+from .store import FORMAT, STATE_NAME, Parcel, Saved, Warn
+from .strategy import Workers
 
-FORMAT = 1
-STATE_NAME, OPTIM_NAME, METERS_NAME = "state.json", "optim.safetensors", "meters.safetensors"
-Warn = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A complete checkpoint on disk."""
-
-    path: Path
-    state: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps done when it was saved."""
-        return int(self.state["step"])
+OPTIM, METERS = "optim", "meters"
+Networks = Mapping[str, Network]
+Meters = Mapping[str, Tensor]
+Run = Callable[[str, int, int], Tensor]
+"""Gives elements `[start, start + count)` of a named, flattened tensor."""
 
 
-def save(folder: Path, networks: Mapping[str, Network], meters: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-    """Write the checkpoint of `state["step"]` below `folder`; it counts only once it is whole.
+class Checkpoints:
+    """The checkpoints of a run; every method that writes or restores is called by all ranks.
+
+    Args:
+        folder: where they lie.
+        workers: the ranks.
+        keep: newest ones that stay.
+        keep_step: says of a step whether its checkpoint stays for good.
+        background: write while training goes on.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        workers: Workers,
+        keep: int = 2,
+        keep_step: Callable[[int], bool] = lambda step: False,
+        background: bool = True,
+    ) -> None:
+        self.folder, self.workers, self.background = folder, workers, background
+        self._keep, self._keep_step = keep, keep_step
+        self._thread: threading.Thread | None = None
+        self._error: UserError | None = None
+
+    def save(self, networks: Networks, meters: Meters, state: Mapping[str, Any]) -> float:
+        """Copy the run's state to host memory and write it; returns the seconds for which training stood still.
+
+        Raises:
+            UserError: this checkpoint or the one before it cannot be written.
+        """
+        began = time.perf_counter()
+        self.wait()
+        parcel = _parcel(networks, meters, state, self.workers.rank, self.workers.world)
+        self._thread = threading.Thread(target=self._write, args=(int(state["step"]), parcel), daemon=True)
+        self._thread.start()
+        if not self.background:
+            self.wait()
+        return time.perf_counter() - began
+
+    def _write(self, step: int, parcel: Parcel) -> None:
+        try:
+            store.write(self.folder, step, parcel, self.workers.rank, self.workers.world)
+            if self.workers.rank == 0:
+                store.prune(self.folder, self._keep, self._keep_step)
+        except UserError as error:
+            self._error = error
+
+    def wait(self) -> None:
+        """Until this rank's part of the last checkpoint is written; on rank 0, until it counts.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Tell of a checkpoint that could not be written, without waiting for one that is under way.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def newest(self, warn: Warn) -> Saved | None:
+        """See `store.newest`; the ranks share the reading, and agree."""
+        return store.newest(self.folder, warn, self._wrong)
+
+    def find(self, path: Path, warn: Warn) -> Saved:
+        """See `store.find`; the ranks share the reading, and agree."""
+        return store.find(path, warn, self._wrong)
+
+    def _wrong(self, path: Path) -> list[str]:
+        found = store.problems(path, self.workers.rank, self.workers.world)
+        return found or (["a part of it is damaged"] if self.workers.any(bool(found)) else [])
+
+
+def _parcel(networks: Networks, meters: Meters, state: Mapping[str, Any], rank: int, world: int) -> Parcel:
+    """This rank's part of a checkpoint, as copies."""
+    tensors: dict[str, tuple[dict[str, Tensor], dict[str, Size]]] = {}
+    texts: dict[str, str] = {}
+    for name, network in networks.items():
+        pieces = network.engine.pieces if network.engine.sharded else share(network.engine.pieces, rank, world)
+        rest = {key: value.detach().cpu().clone() for key, value in network.rest().items()} if rank == 0 else {}
+        parts = {WEIGHTS: _weights(network, pieces, network.engine.masters, rest), OPTIM: _optimizer(network, pieces)}
+        if network.ema is not None:
+            parts[EMA] = _weights(network, pieces, network.ema.shadow, rest)
+        tensors |= {f"{name}/{part_name(stem, rank, world)}": part for stem, part in parts.items()}
+        if rank == 0:
+            content = {"model": dict(network.trainable.node), **(network.trainable.facts or {})}
+            texts[f"{name}/{CONFIG_NAME}"] = json.dumps(content, indent=2) + "\n"
+    tensors[part_name(METERS, rank, world)] = ({key: value.cpu().clone() for key, value in meters.items()}, {})
+    if rank == 0:
+        scales = {name: network.scaler.state() for name, network in networks.items() if network.scaler is not None}
+        texts[STATE_NAME] = json.dumps({"format": FORMAT, **state, "loss_scale": scales}, indent=1) + "\n"
+    return Parcel(tensors, texts)
+
+
+def _weights(
+    network: Network, pieces: list[Piece], held: list[Tensor], rest: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Size]]:
+    found, shapes = dict(rest), {}
+    for piece in pieces:
+        for name in network.inventory.names[piece.name]:
+            found[name + piece.key.removeprefix(piece.name)] = piece.read(held[piece.master]).cpu()
+            if not piece.whole:
+                shapes[name] = piece.shape
+    return found, shapes
+
+
+def _optimizer(network: Network, pieces: list[Piece]) -> tuple[dict[str, Tensor], dict[str, Size]]:
+    found: dict[str, Tensor] = {}
+    shapes: dict[str, Size] = {}
+    for piece in pieces:
+        master = network.engine.masters[piece.master]
+        if not network.optimizer.state.get(master):
+            continue  # it never had a gradient
+        state = moments(network.optimizer, master)
+        for moment in MOMENTS:
+            found[f"{moment}/{piece.key}"] = piece.read(state[moment]).cpu()
+            if not piece.whole:
+                shapes[f"{moment}/{piece.name}"] = piece.shape
+        if piece.start == 0:
+            found[f"step/{piece.name}"] = state["step"].detach().cpu().clone()
+    return found, shapes
+
+
+@torch.no_grad()
+def restore(saved: Saved, networks: Networks, workers: Workers) -> dict[str, Tensor]:
+    """Put weights, averages, moments and loss scales of a checkpoint back; returns this rank's meters.
 
     Raises:
-        UserError: the disk is full or not writable; nothing half-written counts.
+        UserError: the checkpoint has other networks, of other shapes, or lacks something.
     """
-    final = folder / f"step-{state['step']:08d}"
-    temporary = folder / f".{final.name}.{os.getpid()}"
-    try:
-        temporary.mkdir(parents=True)
-        for name, network in networks.items():
-            _save_network(temporary / name, network)
-        save_weights(meters, temporary / METERS_NAME)
-        (temporary / STATE_NAME).write_text(json.dumps({"format": FORMAT, **state}, indent=1) + "\n")
-        _write_marker(temporary)
-        if final.exists():  # the same step again, after a fall back to an older checkpoint
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _sync(folder)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"the checkpoint cannot be written ({error.strerror or error})",
-            where=final,
-            fix="free space or permit writing, then start the same command again",
-        ) from error
-    return final
-
-
-def _save_network(folder: Path, network: Network) -> None:
-    trainable = network.trainable
-    save_model(folder, trainable.node, network.module.state_dict(), trainable.facts)
-    save_weights(export_state(network.optimizer, network.module), folder / OPTIM_NAME)
-    if network.ema is not None:
-        save_weights({key: value.clone() for key, value in network.ema.state().items()}, folder / EMA_NAME)
-
-
-def _write_marker(folder: Path) -> None:
-    files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
-        _sync(path)
-    for directory in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
-        _sync(directory)
-    marker = folder / MARKER
-    marker.write_text(json.dumps(files, indent=1) + "\n")
-    _sync(marker)
-    _sync(folder)
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Make a file or a directory's entries survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def problems(path: Path) -> list[str]:
-    """What is wrong with a checkpoint, one clause each; empty when every file has its size and checksum."""
-    try:
-        files = json.loads((path / MARKER).read_text())
-    except (OSError, ValueError):
-        return ["it has no readable COMPLETE marker"]
-    found = []
-    for name, facts in files.items():
-        file = path / name
-        if not file.is_file():
-            found.append(f"{name} is missing")
-        elif file.stat().st_size != facts["bytes"]:
-            found.append(f"{name} has {file.stat().st_size} bytes, not {facts['bytes']}")
-        elif _hash(file) != facts["sha256"]:
-            found.append(f"{name} has another checksum")
-    return found
-
-
-def listed(folder: Path) -> list[Path]:
-    """Checkpoints below `folder` that have a marker, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step-*/{MARKER}"))
-
-
-def newest(folder: Path, warn: Warn) -> Saved | None:
-    """The newest sound checkpoint below `folder`, `None` when there is none at all.
-
-    Raises:
-        UserError: there are checkpoints, and every one is damaged.
-    """
-    candidates = listed(folder)
-    for path in reversed(candidates):
-        found = problems(path)
-        if not found:
-            return open_checkpoint(path)
-        warn(f"{path}: {found[0]}; trying the one before it")
-    if candidates:
-        raise UserError("every checkpoint is damaged", where=folder, fix="restore one, or remove the folder to start afresh")
-    return None
-
-
-def open_checkpoint(path: Path) -> Saved:
-    """Read the state of one checkpoint.
-
-    Raises:
-        UserError: it is damaged, or was written by a newer version.
-    """
-    found = problems(path)
-    if found:
-        raise UserError(f"the checkpoint is damaged: {found[0]}", where=path, fix="use another checkpoint")
-    state = json.loads((path / STATE_NAME).read_text())
-    if state["format"] > FORMAT:
-        raise UserError(f"checkpoint format {state['format']} is newer than {FORMAT}", where=path, fix="update tokar")
-    return Saved(path, state)
-
-
-def find(path: Path, warn: Warn) -> Saved:
-    """The checkpoint that `path` (a run folder or a checkpoint) means.
-
-    Raises:
-        UserError: there is none.
-    """
-    if (path / MARKER).exists():
-        return open_checkpoint(path)
-    saved = newest(path / "checkpoints", warn)
-    if saved is None:
-        raise UserError("no checkpoint here", where=path, fix="point at a run folder or at checkpoints/step-…")
-    return saved
-
-
-def restore(saved: Saved, networks: Mapping[str, Network]) -> dict[str, Tensor]:
-    """Put weights, averages and optimizer states of `saved` back; returns the meters."""
     _check_networks(saved.path, set(networks))
     for name, network in networks.items():
-        folder = saved.path / name
-        copy_weights(network, read_weights(folder / WEIGHTS_NAME), where=folder, family=_family(folder))
-        if network.ema is not None:
-            network.ema.load(_tensors(folder / EMA_NAME, network))
-        import_state(network.optimizer, network.module, _tensors(folder / OPTIM_NAME, network), where=folder)
-    return read_weights(saved.path / METERS_NAME)
+        _restore_network(network, saved.path / name)
+        if network.scaler is not None and name in saved.state.get("loss_scale", {}):
+            network.scaler.load(saved.state["loss_scale"][name])
+    return _meters(saved, workers)
+
+
+def _restore_network(network: Network, folder: Path) -> None:
+    files = WeightFiles(folder, WEIGHTS)
+    load_weights(
+        network, {name: kind[0] for name, kind in files.kinds.items()}, files.read_run, where=folder, family=_family(folder)
+    )
+    engine = network.engine
+    if network.ema is not None:
+        averages = _files(folder, EMA, network)
+        for piece in engine.pieces:
+            piece.write(network.ema.shadow[piece.master], averages.read_run(piece.name, piece.start, piece.count))
+    optimizer = _files(folder, OPTIM, network)
+    network.optimizer.state.clear()
+    for piece in engine.pieces:
+        if f"step/{piece.name}" not in optimizer.kinds:
+            continue
+        state = moments(network.optimizer, engine.masters[piece.master])
+        for moment in MOMENTS:
+            piece.write(state[moment], optimizer.read_run(f"{moment}/{piece.name}", piece.start, piece.count))
+        state["step"].copy_(optimizer.read(f"step/{piece.name}"))
+
+
+def load_weights(network: Network, shapes: Mapping[str, Size], run: Run, *, where: object, family: str) -> None:
+    """Put weights in place: the wrapper, the optimizer and the compiled graph hold these very tensors. All ranks call it.
+
+    Args:
+        network: what they are put into.
+        shapes: of the weights, by name.
+        run: gives parts of them.
+        where: they come from.
+        family: name of the class that they are of.
+
+    Raises:
+        UserError: they are another family's, or do not fit.
+    """
+    own, wanted = network.inventory.shapes, network.inventory.family
+    if family != wanted and own.keys() != shapes.keys():
+        fix = "take one of the same family, or the config of the run that it comes from"
+        raise UserError(f"holds weights of {family}, this run trains {wanted}", where=where, fix=fix)
+    check_shapes(own, shapes, wanted, where=where)
+    with torch.no_grad():
+        for piece in network.engine.pieces:
+            piece.write(network.engine.masters[piece.master], run(piece.name, piece.start, piece.count))
+        for name, value in network.rest().items():
+            value.copy_(run(name, 0, value.numel()).view(value.shape))
+    network.engine.publish()
+
+
+def _meters(saved: Saved, workers: Workers) -> dict[str, Tensor]:
+    """What this rank had summed up since the last log; on another number of ranks the first takes it all."""
+    parts = sorted(saved.path.glob(f"{METERS}*.safetensors"))
+    if saved.state["world"] == workers.world:
+        parts = [saved.path / part_name(METERS, workers.rank, workers.world)]
+    elif workers.rank != 0:
+        parts = []
+    found: dict[str, Tensor] = {}
+    for part in parts:
+        for key, value in read_weights(part).items():
+            found[key] = found[key] + value if key in found else value
+    return {key: value.to(workers.device) for key, value in found.items()}
 
 
 def _check_networks(path: Path, wanted: set[str]) -> None:
@@ -197,52 +250,13 @@ def _check_networks(path: Path, wanted: set[str]) -> None:
         raise UserError(f"the checkpoint has a network {name!r}, this run has none", where=path, fix=fix)
 
 
-def _tensors(path: Path, network: Network) -> dict[str, Tensor]:
-    if not path.exists():
-        raise UserError(f"no {path.name} for {network.trainable.module.__class__.__name__}", where=path.parent,
+def _files(folder: Path, stem: str, network: Network) -> WeightFiles:
+    if not WeightFiles.exist(folder, stem):
+        raise UserError(f"no {stem} tensors for {network.inventory.family}", where=folder,
                         fix="resume with the config of that run")  # fmt: skip
-    return read_weights(path)
+    return WeightFiles(folder, stem)
 
 
 def _family(folder: Path) -> str:
     """Name of the class that a model folder holds."""
     return str(json.loads((folder / CONFIG_NAME).read_text())["model"]["_target_"]).rpartition(".")[2]
-
-
-@torch.no_grad()
-def copy_weights(network: Network, weights: Mapping[str, Tensor], *, where: object, family: str) -> None:
-    """Copy weights in place: the wrapper, the optimizer and the compiled graph hold these very tensors.
-
-    Args:
-        network: what they are copied into.
-        weights: by name.
-        where: they come from.
-        family: name of the class that they are of.
-
-    Raises:
-        UserError: they are another family's, or do not fit.
-    """
-    own, wanted = network.module.state_dict(), type(network.module).__name__
-    if family != wanted and own.keys() != weights.keys():
-        fix = "take one of the same family, or the config of the run that it comes from"
-        raise UserError(f"holds weights of {family}, this run trains {wanted}", where=where, fix=fix)
-    check_fit(network.module, weights, where=where)
-    for key, value in own.items():
-        value.copy_(weights[key])
-
-
-def prune(folder: Path, keep: int, keep_step: Callable[[int], bool]) -> None:
-    """Remove all but the newest `keep` checkpoints and those whose step `keep_step` wants; sweep up unfinished ones."""
-    for path in listed(folder)[:-keep]:
-        if not keep_step(int(path.name.removeprefix("step-"))):
-            (path / MARKER).unlink()  # first: a half-removed checkpoint must not count
-            shutil.rmtree(path)
-
-
-def sweep_unfinished(folder: Path) -> None:
-    """Remove what a killed run left half-written."""
-    for path in folder.glob(".step-*"):
-        shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob("step-*"):
-        if path.is_dir() and not (path / MARKER).exists():
-            shutil.rmtree(path, ignore_errors=True)

@@ -12,9 +12,9 @@ from ..conf.stages import ClassifierRun
 from ..data.stream import to_image
 from ..models.build import build
 from .clock import Clock
+from .network import Trainable
 from .randomness import sample_uniform
 from .stage import Batch, Networks
-from .strategy import Trainable
 
 SHIFT_SALT = 2
 

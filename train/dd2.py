@@ -24,9 +24,9 @@ from ..models.generators.next_token import NextToken
 from ..models.open import OpenedGenerator
 from ..models.samplers.decode import choices_for
 from .clock import Clock
+from .network import Trainable
 from .pairs import BAKED_IN
 from .stage import Batch, Networks
-from .strategy import Trainable
 
 
 class _Taught:

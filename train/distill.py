@@ -19,10 +19,10 @@ from ..models.distill.trajectory import check_teacher, follow
 from ..models.open import OpenedGenerator, open_generator
 from ..models.tokenizers.losses import LPIPS
 from .clock import Clock
+from .network import Trainable
 from .pairs import BAKED_IN
 from .randomness import sample_uniform
 from .stage import Batch, Networks
-from .strategy import Trainable
 
 STEP_SALT = 1
 

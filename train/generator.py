@@ -17,9 +17,9 @@ from ..models.samplers.decode import choices_for, sample
 from ..models.samplers.guidance import check_guidance
 from ..models.tokenizers.base import Tokenizer
 from .clock import Clock
+from .network import Trainable
 from .randomness import sample_uniform, sample_uniforms
 from .stage import Batch, Networks
-from .strategy import Trainable
 
 DROPOUT_SALT, NOISE_SALT = 1, 2
 

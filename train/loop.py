@@ -17,14 +17,15 @@ from ..conf.spine import ScheduleConfig
 from ..data.stream import Stream
 from ..errors import UserError
 from ..evaluate.images import save_grid
-from . import checkpoint
+from .checkpoint import Checkpoints
 from .clock import Clock
 from .logging import Meters, MetricsFile, Progress, Stopwatch, Wandb, memory
+from .network import Network
 from .randomness import seed_step
 from .schedule import factor, weight_decay
 from .signals import StopFlag, Stopped
 from .stage import Batch, Stage
-from .strategy import Network, Workers
+from .strategy import Workers
 
 COLLAPSED, SETTLED = 0.02, 100
 """A codebook is called collapsed when, from step `SETTLED` on, the tokens between two logs use less than this share of it,
@@ -47,6 +48,7 @@ class Fit:
     schedule: ScheduleConfig
     seed: int
     folder: Path
+    checkpoints: Checkpoints
     facts: dict[str, Any]
     metrics: MetricsFile
     timing: MetricsFile
@@ -72,6 +74,7 @@ class Fit:
             self.clock = self.clock.advanced()
             watch.step(self.clock.batch_size, waited)
             self._boundary(watch)
+        self.checkpoints.wait()
 
     def _step(self, micro_batches: list[Batch]) -> None:
         seed_step(self.seed, self.clock.step, self.workers.rank)
@@ -83,10 +86,11 @@ class Fit:
                 metrics = self.stage.step(batch, self.clock, self.networks)
             self.meters.add({f"train/{name}": value for name, value in metrics.items()}, count)
         for name, network in self.networks.items():
-            norm = network.step(lr_factor, weight_decay(network.trainable.optim, self.clock))
-            if norm is not None:
-                self.meters.add({f"optim/{name}_grad_norm": norm}, 1)
-            if norm is not None and network.ema is not None:
+            update = network.step(lr_factor, weight_decay(network.trainable.optim, self.clock))
+            if update is None:
+                continue
+            self.meters.add({f"optim/{name}_grad_norm": update.norm}, 1)
+            if network.ema is not None:
                 network.ema.update(self.clock.step + 1)
         self.meters.add({"optim/lr_factor": torch.tensor(lr_factor)}, 1)
 
@@ -101,10 +105,13 @@ class Fit:
         if clock.due(loop.sample_every) or clock.finished:
             self._draw()
         self.progress.update(clock, note)
+        self.checkpoints.check()
         stopping = self.workers.any(self.stop.signal is not None)
         if clock.due(loop.save_every) or clock.finished or stopping:
             self._save()
         if stopping and not clock.finished:
+            self.checkpoints.wait()
+            self.workers.barrier()
             raise Stopped(self.stop.signal or 15, clock.step)
 
     def _log(self, watch: Stopwatch) -> str:
@@ -150,11 +157,12 @@ class Fit:
         return "  ".join(f"{name} {value:.4f}" for name, value in values.items())
 
     def _draw(self) -> None:
-        if self.workers.rank != 0:
-            return
-        with self._averaged():
+        """On every rank, since they may hold a part of the network each; the first one's pictures are kept."""
+        with self._averaged(), self._gathered():
             batch = self._to_device(next(self.validate.once(32)))
             pictures = self.stage.draw(batch, self.networks)
+        if self.workers.rank != 0:
+            return
         for name, images in pictures.items():
             path = self.folder / "samples" / f"step-{self.clock.step:08d}-{name}.png"
             path.parent.mkdir(exist_ok=True)
@@ -168,11 +176,8 @@ class Fit:
             "step": self.clock.step, "samples": self.clock.samples, "seed": self.seed, "world": self.workers.world,
             "main": next(iter(self.networks)), **self.facts,
         }  # fmt: skip
-        folder = self.folder / "checkpoints"
-        if self.workers.rank == 0:
-            checkpoint.save(folder, self.networks, self.meters.sums, state)
-            checkpoint.prune(folder, self.loop.keep, self._kept)
-        self.workers.barrier()
+        stall = self.checkpoints.save(self.networks, self.meters.sums, state)
+        self.timing.write(self.clock, {"save_stall_ms": 1000 * stall})
 
     def _check_weights(self) -> None:
         """Weights that are no numbers are not saved, so that the checkpoints before them stay the newest.
@@ -180,18 +185,23 @@ class Fit:
         Raises:
             UserError: some are not finite.
         """
-        found = [name for name, network in self.networks.items() if self.workers.any(not _finite(network.module))]
+        found = [name for name, network in self.networks.items() if self.workers.any(not _finite(network.engine.masters))]
         if found:
             raise UserError(
                 f"the {found[0]}'s weights are not finite at step {self.clock.step}", where=self.folder, fix=DIVERGED
             )
 
-    def _kept(self, step: int) -> bool:
-        every = self.loop.keep_every
-        return every is not None and step % max(1, self.clock.steps(every)) == 0
-
     def _to_device(self, batch: Batch) -> Batch:
         return {name: value.to(self.workers.device, non_blocking=True) for name, value in batch.items()}
+
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
+        """Inside, methods of the networks other than their forward can be called; they run uncompiled, since shapes change."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            for network in self.networks.values():
+                stack.enter_context(network.engine.gathered())
+            yield
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -208,7 +218,7 @@ class Fit:
             network.module.train(modes[name])
 
 
-def _finite(module: torch.nn.Module) -> bool:
-    """All parameters are finite: read off their norms, in one synchronisation."""
-    norms = torch._foreach_norm([parameter.detach() for parameter in module.parameters()])
+def _finite(masters: list[torch.Tensor]) -> bool:
+    """All of them are finite: read off their norms, in one synchronisation."""
+    norms = torch._foreach_norm([master.detach() for master in masters])
     return bool(torch.stack(norms).isfinite().all())

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,16 @@ import torch
 
 from ..conf.compose import Composed, compose
 from ..conf.duration import Duration
-from . import checkpoint
+from . import checkpoint, store
+from .checkpoint import Checkpoints
 from .clock import Clock
 from .folder import RunFolder, run_folder
 from .logging import METRICS_NAME, TIMING_NAME, Meters, MetricsFile, Progress, Wandb
 from .loop import Fit
+from .network import Network
 from .signals import StopFlag, Stopped
 from .stages import BUILDERS, Built
-from .strategy import Network, Workers
+from .strategy import Workers
 
 
 def train(stage: str, overrides: Sequence[str]) -> int:
@@ -73,9 +75,10 @@ def _fit(composed: Composed, built: Built, workers: Workers, networks: dict[str,
     batch = config.loop.batch_size
     clock = Clock(0, 0, Duration.parse(config.loop.duration).steps(batch, size), batch, size)
     meters = Meters()
-    saved = _restore_point(config, path, workers.warn)
+    checkpoints = _checkpoints(config, path, workers, clock)
+    saved = _restore_point(config, checkpoints, workers)
     if saved is not None:
-        meters.sums = {key: value.to(workers.device) for key, value in checkpoint.restore(saved, networks).items()}
+        meters.sums = checkpoint.restore(saved, networks, workers)
         clock = Clock(saved.step, saved.state["samples"], clock.total, batch, size)
     elif config.init_from:
         _initialise(Path(config.init_from), networks)
@@ -87,31 +90,48 @@ def _fit(composed: Composed, built: Built, workers: Workers, networks: dict[str,
     logs.mkdir(parents=True, exist_ok=True)
     return Fit(
         stage=built.stage, workers=workers, networks=networks, train=built.train, validate=built.validate, clock=clock,
-        loop=config.loop, schedule=config.schedule, seed=config.seed, folder=path, facts={"config": composed.plain},
+        loop=config.loop, schedule=config.schedule, seed=config.seed, folder=path,
+        checkpoints=checkpoints, facts={"config": composed.plain},
         metrics=MetricsFile(logs / METRICS_NAME, clock.step), timing=MetricsFile(logs / TIMING_NAME, clock.step),
         wandb=Wandb(config.logger.wandb, path, path.name, composed.plain) if main else Wandb.silent(),
         progress=progress, stop=stop, meters=meters,
     )  # fmt: skip
 
 
-def _restore_point(config: Any, path: Path, warn: Callable[[str], None]) -> checkpoint.Saved | None:
-    folder = path / "checkpoints"
-    checkpoint.sweep_unfinished(folder)
-    saved = checkpoint.newest(folder, warn)
+def _checkpoints(config: Any, path: Path, workers: Workers, clock: Clock) -> Checkpoints:
+    loop = config.loop
+
+    def kept(step: int) -> bool:
+        return loop.keep_every is not None and step % max(1, clock.steps(loop.keep_every)) == 0
+
+    return Checkpoints(path / "checkpoints", workers, loop.keep, kept, loop.save_async)
+
+
+def _restore_point(config: Any, checkpoints: Checkpoints, workers: Workers) -> store.Saved | None:
+    if workers.rank == 0:
+        store.sweep_unfinished(checkpoints.folder)
+    workers.barrier()
+    saved = checkpoints.newest(workers.warn)
     if saved is None and config.resume_from:
-        saved = checkpoint.find(Path(config.resume_from), warn)
+        saved = checkpoints.find(Path(config.resume_from), workers.warn)
     return saved
 
 
 def _initialise(path: Path, networks: dict[str, Network]) -> None:
     """Weights of the main network from a run, a checkpoint or an exported model."""
-    from ..models.build import load_model, locate_model
+    from ..models.build import load_model, locate_model, shapes_of
     from ..models.generators.base import Generator
 
     network = next(iter(networks.values()))
     model = load_model(locate_model(path), trusted=True)
     own = network.module
     weights = own.weights_from(model) if isinstance(own, Generator) else model.state_dict()
-    checkpoint.copy_weights(network, weights, where=path, family=type(model).__name__)
+    checkpoint.load_weights(
+        network,
+        shapes_of(weights),
+        lambda name, start, count: weights[name].reshape(-1)[start : start + count],
+        where=path,
+        family=type(model).__name__,
+    )
     if network.ema is not None:
-        network.ema.load(weights)
+        network.ema.restart()

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from .clock import Clock
-from .strategy import Network, Trainable
+from .network import Network, Trainable
 
 Batch = dict[str, Tensor]
 """`image` uint8 `[B, H, W, 3]` or `codes` `[B, N]`; `label`, `index`, `epoch` int64 `[B]`."""

@@ -1,109 +1,95 @@
-"""How the work is spread: Fabric wraps the networks, which know nothing of it."""
+"""The processes of a run: Fabric starts them and finds their devices, engines spread the networks over them.
+
+Networks and stages know nothing of this: a stage calls a `Network`, whatever the strategy.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from ..conf.spine import Ema as EmaConfig
-from ..conf.spine import Optim
 from ..conf.spine import Strategy as StrategyConfig
+from ..errors import UserError
 from ..models.build import pick_device
 from ..models.generators.base import Generator
 from ..models.kernels import choose
-from .ema import Ema
-from .optim import make_optimizer
+from .engines import make_engine
+from .network import Network, Trainable
+from .pieces import take_stock
+from .scaler import LossScaler
+from .units import compile_units, recompute
 
-_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True)
-class Trainable:
-    """A network that a stage wants trained.
+class Precise(nn.Module):
+    """A network whose forward runs under autocast: weights and whatever wants it stay in float32.
 
     Args:
-        module: the plain network.
-        node: its config node, saved beside the weights.
-        optim: who optimises it.
-        ema: whether its weights are averaged, when the run averages any.
-        facts: what else a reader of the weights must know (layout, classes, …), saved beside them.
+        module: the network.
+        device: type of its device.
+        dtype: of products and convolutions.
     """
 
-    module: nn.Module
-    node: dict[str, Any]
-    optim: Optim
-    ema: bool = True
-    facts: dict[str, Any] | None = None
+    def __init__(self, module: nn.Module, device: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module, self.device, self.dtype = module, device, dtype
+
+    def forward(self, *inputs: Any) -> Any:
+        """The network's."""
+        with torch.autocast(self.device, self.dtype):
+            return self.module(*inputs)
 
 
-class Network:
-    """A network in training: the plain module, its wrapped form, its optimizer and its average."""
+def _check_cpu(config: StrategyConfig) -> None:
+    """What `accelerator=auto` finds out only now.
 
-    def __init__(self, fabric: Fabric, trainable: Trainable, ema: EmaConfig | None, strategy: StrategyConfig) -> None:
-        self._fabric, self.trainable, self.module = fabric, trainable, trainable.module
-        if strategy.channels_last:
-            self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = make_optimizer(trainable.optim, self.module)
-        if strategy.compile:
-            self.module.compile()
-        self.wrapped, self._stepper = fabric.setup(self.module, self.optimizer)
-        self.ema = Ema(self.module, ema) if ema is not None and trainable.ema else None
-        self._weight, self._pending = 1.0, False
-
-    def __call__(self, *inputs: Any) -> Any:
-        """Forward through the wrapper: precision, gradient synchronisation."""
-        return self.wrapped(*inputs)
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss` (a mean over this rank's micro-batch) to the step's."""
-        self._fabric.backward(loss * self._weight, model=self.wrapped)
-        self._pending = True
-
-    def step(self, lr_factor: float, weight_decay: float | None = None) -> Tensor | None:
-        """Clip, update, clear. Returns the gradient norm before clipping; `None` when there was no backward since.
-
-        Args:
-            lr_factor: of the configured learning rate.
-            weight_decay: of the parameters that are decayed; `None`: as it was.
-        """
-        if not self._pending:
-            return None
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.trainable.optim.lr * lr_factor
-            if weight_decay is not None and group["decayed"]:
-                group["weight_decay"] = weight_decay
-        clip = self.trainable.optim.clip or float("inf")
-        norm = self._fabric.clip_gradients(self.wrapped, self._stepper, max_norm=clip, error_if_nonfinite=False)
-        self._stepper.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._pending = False
-        return norm
+    Raises:
+        UserError: something of the strategy needs a GPU.
+    """
+    what = {"strategy.precision=fp16": config.precision == "fp16", "strategy.offload": config.offload != "none",
+            "strategy.backend=nccl": config.backend == "nccl"}  # fmt: skip
+    fix = {"strategy.precision=fp16": "set strategy.precision=bf16 or fp32", "strategy.offload": "set strategy.offload=none",
+           "strategy.backend=nccl": "set strategy.backend=auto"}  # fmt: skip
+    for where, asked in what.items():
+        if asked:
+            raise UserError("needs a GPU, and none is visible", where=where, fix=fix[where])
 
 
 class Workers:
     """The processes of a run and their devices."""
 
     def __init__(self, config: StrategyConfig) -> None:
-        pick_device(config.accelerator)
+        device = pick_device(config.accelerator)
+        if device.type == "cpu":
+            _check_cpu(config)
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config
         self.fabric = Fabric(
             accelerator=config.accelerator,
-            strategy="ddp" if config.name == "ddp" else "auto",
+            strategy="auto" if config.name == "single" else self._processes(config),
             devices=config.devices,
             num_nodes=config.nodes,
-            precision=_PRECISION[config.precision],  # type: ignore[arg-type]
         )
         if self.fabric.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
+
+    @staticmethod
+    def _processes(config: StrategyConfig) -> DDPStrategy:
+        """Fabric's: it starts the processes and their group, nothing else of it is used."""
+        backend = None if config.backend == "auto" else config.backend
+        return DDPStrategy(process_group_backend=backend, timeout=timedelta(seconds=config.timeout))
 
     @property
     def rank(self) -> int:
@@ -124,12 +110,27 @@ class Workers:
         """Start the other processes, when the strategy has some and no launcher did."""
         self.fabric.launch()
 
-    def wrap(self, trainables: dict[str, Trainable], ema: EmaConfig | None) -> dict[str, Network]:
-        """Put networks on their devices under their optimizers, and choose the kernel of their attention."""
+    def wrap(self, trainables: Mapping[str, Trainable], ema: EmaConfig | None) -> dict[str, Network]:
+        """Put networks on their devices under their engines, and choose the kernel of their attention."""
         for item in trainables.values():
             if isinstance(item.module, Generator):
                 self._choose_attention(item.module)
-        return {name: Network(self.fabric, item, ema, self.config) for name, item in trainables.items()}
+        return {name: self._network(item, ema) for name, item in trainables.items()}
+
+    def _network(self, item: Trainable, ema: EmaConfig | None) -> Network:
+        config, module = self.config, item.module.to(self.device)
+        inventory = take_stock(module)
+        if config.channels_last:
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.recompute != "none":
+            recompute(module, config.recompute)
+        if config.compile:
+            compile_units(module)
+        half = _HALF.get(config.precision)
+        wrapped = module if half is None else Precise(module, self.device.type, half)
+        engine = make_engine(module, wrapped, item.optim, config, item.twice)
+        scaler = LossScaler(self.device) if half == torch.float16 else None
+        return Network(item, inventory, engine, ema, scaler, self.sum)
 
     def _choose_attention(self, generator: Generator) -> None:
         half, causal = self.config.precision != "fp32", generator.plan.causal
@@ -138,17 +139,21 @@ class Workers:
             sys.stderr.write(f"attention: {generator.attention} ({why})\n")
 
     @contextmanager
-    def micro_batch(self, networks: dict[str, Network], weight: float, *, last: bool) -> Iterator[None]:
+    def micro_batch(self, networks: Mapping[str, Network], weight: float, *, last: bool) -> Iterator[None]:
         """Inside, gradients are weighted by `weight` and only synchronised between ranks in the last micro-batch."""
         with ExitStack() as stack:
             for network in networks.values():
-                network._weight = weight
-                stack.enter_context(self.fabric.no_backward_sync(network.wrapped, enabled=not last))
+                network.weight = weight
+                stack.enter_context(network.engine.micro_batch(last))
             yield
 
     def sum(self, value: Tensor) -> Tensor:
-        """Sum over all ranks."""
-        return self.fabric.all_reduce(value, reduce_op="sum") if self.world > 1 else value  # type: ignore[return-value]
+        """Sum over all ranks, in the order of the device's work: nothing waits for it."""
+        if self.world == 1:
+            return value
+        total = value.detach().clone()
+        dist.all_reduce(total)
+        return total
 
     def any(self, flag: bool) -> bool:
         """True on every rank when `flag` is true on one."""

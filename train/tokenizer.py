@@ -17,6 +17,7 @@ from ..data.stream import to_image, to_uint8
 from ..errors import UserError
 from ..evaluate.reconstruction import psnr, ssim
 from ..models.build import build
+from ..models.ranks import ranks, sum_over_ranks
 from ..models.tokenizers.base import Tokenizer, TokenizerOutput
 from ..models.tokenizers.discriminators import LeCamDiscriminator
 from ..models.tokenizers.losses import (
@@ -31,8 +32,8 @@ from ..models.tokenizers.losses import (
 )
 from ..models.tokenizers.teachers import Teacher, semantic_loss
 from .clock import Clock
+from .network import Network, Trainable
 from .stage import Batch, Networks
-from .strategy import Network, Trainable
 
 
 class TokenizerStage:
@@ -52,7 +53,9 @@ class TokenizerStage:
         self.trainables = {"tokenizer": Trainable(self.tokenizer, config.tokenizer, config.optim, facts=facts)}
         if config.discriminator is not None:
             node = adversary_node(config.discriminator, config.losses)
-            self.trainables["discriminator"] = Trainable(build(node), node, config.discriminator_optim, ema=False)
+            self.trainables["discriminator"] = Trainable(
+                build(node), node, config.discriminator_optim, ema=False, twice=config.losses.r1_weight > 0
+            )
         self.perceptual = perceptual_losses(config.losses)
         self.semantic = config.semantic
         self.teacher: Teacher | None = build(config.semantic.teacher) if config.semantic is not None else None
@@ -222,17 +225,18 @@ class LastLayer:
         if not isinstance(layer, nn.Conv2d):
             raise ValueError(f"the last layer is a {type(layer).__name__}, not a Conv2d; set losses.adaptive=false")
         self.layer, self.input = layer, torch.empty(0)
+        self.shape = layer.weight.shape  # now: a strategy may take the weight apart
         layer.register_forward_pre_hook(self._keep)
 
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.input = inputs[0].detach()
 
     def norm(self, gradient: Tensor) -> Tensor:
-        """‖∂loss/∂weight‖ for `gradient` = ∂loss/∂output."""
+        """‖∂loss/∂weight‖ for `gradient` = ∂loss/∂output, of the whole batch: ranks hold equal parts of it."""
         layer = self.layer
-        shape, kept = layer.weight.shape, self.input.float()
-        weight_gradient = conv2d_weight(kept, shape, gradient, layer.stride, layer.padding, layer.dilation, layer.groups)
-        return weight_gradient.norm()
+        kept = self.input.float()
+        weight_gradient = conv2d_weight(kept, self.shape, gradient, layer.stride, layer.padding, layer.dilation, layer.groups)
+        return (sum_over_ranks(weight_gradient) / ranks()).norm()
 
 
 def _forward(tokenizer: Network, image: Tensor, auxiliary: bool = False) -> tuple[TokenizerOutput, Tensor]:

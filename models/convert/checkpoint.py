@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ..build import read_weights
+from ..weights import read_weights
 
 WRAPPERS = ("ema", "model", "module", "state_dict", "trainer", "vae_local", "var_wo_ddp")
 _PREFIXES = ("module.", "_orig_mod.")

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ...errors import UserError
-from ..build import CONFIG_NAME, EMA_NAME, WEIGHTS_NAME, build, load_strict, read_weights, save_model, save_weights
+from ..build import CONFIG_NAME, build, load_strict, save_model, weight_files
+from ..weights import save_weights
 from . import families
 from .checkpoint import full_precision, read_checkpoint, unwrap
 from .family import Family, Node, shapes_of
@@ -89,8 +90,7 @@ def export_original(folder: Path, out_file: Path, family: str | None = None) -> 
     if name is None:
         raise UserError("does not say its family", where=folder, fix=f"name it: {', '.join(families.names())}")
     chosen = families.get(name)
-    averaged = folder / EMA_NAME
-    theirs = chosen.to_theirs(read_weights(averaged if averaged.exists() else folder / WEIGHTS_NAME))
+    theirs = chosen.to_theirs(weight_files(folder).all())
     theirs = chosen.finish(theirs, content["model"])
     if out_file.is_dir():
         raise UserError("is a folder", where=out_file, fix="give a file to write, e.g. MODEL.safetensors")

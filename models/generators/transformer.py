@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import Attention, Bias, Context, QKNorm
-from ..layers import GELUFeedForward, RMSNorm, SwiGLU, drop_path, modulate, swiglu_hidden
+from ..layers import GELUFeedForward, RMSNorm, SwiGLU, Unit, drop_path, modulate, swiglu_hidden
 
 Modulation = Literal["none", "block", "shared"]
 Norm = Literal["rms", "layer", "plain"]
@@ -94,7 +94,7 @@ def _gelu(config: TransformerConfig, exact: bool) -> nn.Module:
     return GELUFeedForward(config.dim, hidden, config.bias != "none", config.ffn_dropout, exact)
 
 
-class Block(nn.Module):
+class Block(Unit):
     """Attention, then feed-forward, on normed inputs and added back; modulated: `x + γ·f(norm(x)·(1 + scale) + shift)`."""
 
     def __init__(self, config: TransformerConfig, drop_rate: float) -> None:

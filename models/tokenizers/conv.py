@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ranges import Fraction, PositiveInt
+from ..layers import Unit
 
 _NORM_EPS = 1e-6
 
@@ -22,7 +23,7 @@ def group_norm(channels: int, groups: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=_NORM_EPS)
 
 
-class ResBlock(nn.Module):
+class ResBlock(Unit):
     """`x + conv(swish(norm(conv(swish(norm(x))))))`, with a 1x1 shortcut where the width changes."""
 
     def __init__(self, width_in: int, width_out: int, norm_groups: int, dropout: float, bias: bool = True) -> None:
@@ -41,7 +42,7 @@ class ResBlock(nn.Module):
         return self.shortcut(x) + h
 
 
-class Attention(nn.Module):
+class Attention(Unit):
     """Residual single-head attention over all positions, scale `C^-0.5`; q, k and v come from one 1x1 convolution."""
 
     def __init__(self, width: int, norm_groups: int) -> None:

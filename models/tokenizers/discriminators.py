@@ -14,6 +14,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from ...errors import UserError
 from ...ranges import Fraction, NonNegativeInt, PositiveInt
+from ..ranks import ranks, total_over_ranks
 from .frozen import IMAGENET, UsesFrozen, load_frozen
 from .losses import LeCam
 
@@ -40,7 +41,7 @@ class PatchGAN(nn.Module):
             stride = 2 if index < layers else 1
             wider = width * min(2**index, 8)
             modules.append(nn.Conv2d(channels, wider, _KERNEL, stride=stride, padding=1, bias=False))
-            modules += [nn.BatchNorm2d(wider), nn.LeakyReLU(0.2)]
+            modules += [BatchNorm(wider), nn.LeakyReLU(0.2)]
             channels = wider
         modules.append(nn.Conv2d(channels, 1, _KERNEL, padding=1))
         self.main = nn.Sequential(*modules)
@@ -69,6 +70,34 @@ def _init(module: nn.Module) -> None:
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
         nn.init.zeros_(module.bias)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm whose statistics while training are those of the batch over all ranks, so that they depend on no strategy.
+
+    torch's SyncBatchNorm needs GPUs, and has no second derivative.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, H, W]` to the same."""
+        if not self.training or ranks() == 1:
+            return super().forward(x)
+        wide = x.float()
+        count = total_over_ranks(wide.new_tensor(float(x.numel() // x.shape[1])))
+        mean = total_over_ranks(wide.sum((0, 2, 3))) / count
+        centred = wide - mean[:, None, None]
+        variance = total_over_ranks(centred.square().sum((0, 2, 3))) / count
+        self._remember(mean.detach(), variance.detach() * count / (count - 1))
+        scale = (variance + self.eps).rsqrt() * self.weight
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+    def _remember(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.running_mean.lerp_(mean, self.momentum or 0.0)
+        self.running_var.lerp_(variance, self.momentum or 0.0)
+        self.num_batches_tracked.add_(1)
 
 
 class DinoDiscriminator(UsesFrozen):

@@ -18,8 +18,8 @@ from ...errors import UserError
 from ...ranges import Fraction, PositiveInt
 from ..build import load_strict
 from ..convert.checkpoint import read_checkpoint, unwrap
+from ..ranks import mean_over_ranks
 from .frozen import IMAGENET, UsesFrozen, load_frozen
-from .quantizers.ranks import mean_over_ranks
 
 Adversarial = Literal["hinge", "non_saturating"]
 

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ranges import PositiveInt
+from ..layers import Unit
 from .conv import Upsample, group_norm
 
 
-class MaskGITBlock(nn.Module):
+class MaskGITBlock(Unit):
     """`conv(swish(norm(conv(swish(norm(x))))))` without biases, plus `x`, or where the width changes, its own 1x1 image.
 
     The 1x1 shortcut reads the block's result, not its input: a slip of the original that its weights were trained with.

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
+from ..ranks import sum_over_ranks
 from .quantizers import Quantized, nearest_code
 from .quantizers.base import straight_through
 from .quantizers.codebook import draw
-from .quantizers.ranks import sum_over_ranks
 
 Grid = tuple[int, int]
 

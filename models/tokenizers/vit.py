@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import Context, attend
+from ..layers import Unit
 
 _ALL_VISIBLE = Context()
 _MLP_RATIO = 4
@@ -55,7 +56,7 @@ def feed_forward(width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, _MLP_RATIO * width), nn.GELU(), nn.Linear(_MLP_RATIO * width, width))
 
 
-class EncoderLayer(nn.Module):
+class EncoderLayer(Unit):
     """`x ← x + attention(LN x)`, `x ← x + mlp(LN x)`; positions belong into its input.
 
     Args:
@@ -77,7 +78,7 @@ class EncoderLayer(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Unit):
     """Self-attention, cross-attention, feed-forward, each pre-norm (Carion et al. 2020, as GigaTok uses it).
 
     Positions are added anew to queries and keys in every layer, never to values.

@@ -4,7 +4,7 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
-from processes import Command
+from processes import Command, Ranks
 
 
 @pytest.fixture(scope="session")
@@ -18,10 +18,24 @@ def digits(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def start(tmp_path_factory):
-    """`start(folder, "train", "tokenizer", …)` → a running `Command` with `folder` as its working directory."""
+def launch(tmp_path_factory):
+    """`launch(folder, arguments, environment)` → a running `Command` with `folder` as its working directory."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["tokar.train.run", "tokar.train.encode", "tokar.cli", "torch._dynamo"])
+    server.set_forkserver_preload(["tokar.train.run", "tokar.train.encode", "tokar.cli", "torch._dynamo", "deepspeed"])
     logs = tmp_path_factory.mktemp("logs")
     count = iter(range(10_000))
-    return lambda folder, *arguments: Command(server, list(arguments), logs / f"{next(count)}.log", folder)
+    return lambda folder, arguments, environment: Command(
+        server, list(arguments), logs / f"{next(count)}.log", folder, environment
+    )
+
+
+@pytest.fixture(scope="session")
+def start(launch):
+    """`start(folder, "train", "tokenizer", …)` → a running `Command`."""
+    return lambda folder, *arguments: launch(folder, arguments, {})
+
+
+@pytest.fixture(scope="session")
+def start_ranks(launch):
+    """`start_ranks(folder, 2, "train", …)` → the running `Ranks` of one command."""
+    return lambda folder, world, *arguments: Ranks(lambda environment: launch(folder, arguments, environment), world)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ranks import gather_over_ranks, ranks, sum_over_ranks
+from ...ranks import gather_over_ranks, ranks, sum_over_ranks
 from .search import nearest_code
 
 _KMEANS_ITERATIONS = 10

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .ranks import mean_over_ranks
+from ...ranks import mean_over_ranks
 from .search import CHUNK
 
 TEMPERATURE = 0.01  # of LlamaGen, Open-MAGVIT2, IBQ and BSQ alike

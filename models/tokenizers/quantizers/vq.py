@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ....ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
+from ...ranks import sum_over_ranks
 from .base import PointwiseQuantizer, Quantized, rotated, straight_through
 from .codebook import clusters, draw, kmeans, nearest_row
 from .entropy import entropy_loss
-from .ranks import sum_over_ranks
 from .search import nearest_code
 
 _LAPLACE = 1e-5  # of vector-quantize-pytorch and Sonnet

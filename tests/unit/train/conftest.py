@@ -3,7 +3,8 @@
 import pytest
 import torch
 from tokar.conf.spine import Ema, Optim, Strategy
-from tokar.train.strategy import Network, Trainable, Workers
+from tokar.train.network import Network, Trainable
+from tokar.train.strategy import Workers
 from torch import nn
 
 

@@ -11,7 +11,7 @@ ALIKE = ("start", "positions", "levels.weight", "offset", "temperature", "qv_bia
 
 def groups(module: nn.Module, **changes: object) -> tuple[set[str], set[str]]:
     """Names of the parameters that are decayed, and of the others."""
-    optimizer = make_optimizer(Optim(lr=1e-3, weight_decay=0.1, **changes), module)
+    optimizer = make_optimizer(Optim(lr=1e-3, weight_decay=0.1, **changes), module, module.named_parameters())
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     found = {True: set(), False: set()}
     for group in optimizer.param_groups:

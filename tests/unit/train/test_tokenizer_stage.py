@@ -190,6 +190,12 @@ def test_r1_beside_a_compiled_discriminator(workers, batch):
 REGULARISED = ["losses.lecam_weight=0.4", "losses.lecam_decay=0.9", "losses.r1_weight=0.2", "losses.r1_every=2"]
 
 
+def _saved(folder, workers, networks):
+    store = checkpoint.Checkpoints(folder, workers, background=False)
+    store.save(networks, {}, {"step": 3, "world": 1})
+    return store.newest(pytest.fail)
+
+
 def test_a_regularised_run_goes_on_bitwise_from_its_checkpoint(workers, batch, tmp_path):
     def train(stage, networks, steps):
         for step in steps:
@@ -199,10 +205,10 @@ def test_a_regularised_run_goes_on_bitwise_from_its_checkpoint(workers, batch, t
 
     stage, networks = make(workers, *REGULARISED)
     train(stage, networks, range(3))
-    saved = checkpoint.open_checkpoint(checkpoint.save(tmp_path, networks, {}, {"step": 3}))
+    saved = _saved(tmp_path, workers, networks)
     train(stage, networks, range(3, 6))
     resumed, others = make(workers, *REGULARISED)
-    checkpoint.restore(saved, others)
+    checkpoint.restore(saved, others, workers)
     assert others["discriminator"].module.lecam.real != 0
     train(resumed, others, range(3, 6))
     for name, network in networks.items():

@@ -5,6 +5,8 @@ On one rank each is the identity (a collection of one), and no process group is 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,9 +32,24 @@ def mean_over_ranks(local: Tensor) -> Tensor:
     return sum_over_ranks(local) / ranks() + (local - local.detach())
 
 
+def total_over_ranks(local: Tensor) -> Tensor:
+    """Sum of equally shaped tensors, with the gradient of the sum of what every rank makes of it, any number of times."""
+    return _Total.apply(local) if ranks() > 1 else local
+
+
 def gather_over_ranks(local: Tensor) -> Tensor:
     """Equally shaped tensors, stacked `[ranks, …]`, the same on every rank; no gradient."""
     return _gather(local.detach()) if ranks() > 1 else local.detach()[None]
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        return _sum(local)
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return total_over_ranks(gradient[0])
 
 
 @torch.library.custom_op("tokar::sum_over_ranks", mutates_args=())
