@@ -143,6 +143,16 @@ def _encode(arguments: Arguments) -> int:
     return encode(composed)
 
 
+def _pairs(arguments: Arguments) -> int:
+    from .conf.compose import compose
+    from .conf.overrides import quoted
+
+    composed = compose("pairs", [quoted("model", arguments.run), *arguments.overrides])
+    from .train.pairs import make_pairs
+
+    return make_pairs(composed)
+
+
 def _sample(arguments: Arguments) -> int:
     from .conf.compose import compose
     from .conf.overrides import quoted
@@ -333,6 +343,12 @@ GROUPS: dict[str, tuple[Command, ...]] = {
                 example="tokar train tokenizer experiment=digits_vqgan -m optim.lr=1e-3,3e-4"),
         Command("train generator", "train a generator of codes", _train, TRAINING, stage="generator",
                 example="tokar train generator experiment=digits_llamagen codes.path=datasets/codes"),
+        Command("train distill", "train a one-step student of a generator", _train, TRAINING, stage="distill",
+                example="tokar train distill experiment=dd1_digits"),
+        Command("train diffusion", "train the diffusion form of a generator, where dd2 begins", _train, TRAINING,
+                stage="diffusion", example="tokar train diffusion model=runs/digits_llamagen loop.duration=2000"),
+        Command("train dd2", "train a one-step generator by conditional score distillation", _train, TRAINING, stage="dd2",
+                example="tokar train dd2 model=runs/digits_llamagen diffusion=runs/diffusion loop.duration=2000"),
         Command("train classifier", "train the small judge of samples", _train, TRAINING, stage="classifier",
                 example="tokar train classifier experiment=digits_classifier"),
     ),
@@ -354,6 +370,9 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "From what was trained": (
         Command("encode", "turn images into code shards", _encode, (argument("run", metavar="RUN", help=RUN), OVERRIDES),
                 stage="encode", example="tokar encode runs/digits_vqgan out=datasets/digits-codes"),
+        Command("distill pairs", "write noise and the codes that a teacher turns it into", _pairs,
+                (argument("run", metavar="TEACHER", help=RUN), OVERRIDES), stage="pairs",
+                example="tokar distill pairs runs/digits_llamagen count=20000 sampling.guidance=2"),
         Command("sample", "draw images from a generator", _sample, (argument("run", metavar="RUN", help=RUN), OVERRIDES),
                 stage="sample", example="tokar sample runs/digits_llamagen count=100 sampling.guidance=2"),
         Command("evaluate", "measure a run, a model or a set of images", _evaluate,

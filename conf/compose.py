@@ -21,7 +21,7 @@ from .overrides import ROOT, Sorted, say_hydra, sort_overrides
 from .schema import FILLED, SCHEMAS
 from .signature import check_components, say
 
-TRAINING = ("tokenizer", "generator", "classifier")
+TRAINING = ("tokenizer", "generator", "classifier", "distill", "diffusion", "dd2")
 """Stages of `tokar train`."""
 
 NEUTRAL = (

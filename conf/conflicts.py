@@ -12,6 +12,8 @@ from .duration import Duration
 def conflicts(config: Any) -> Iterator[str]:
     """Pairs of settings that cannot work together, each with the nearest that does."""
     if getattr(config, "losses", None) is not None:
+        yield from _lpips_conflicts(config.losses)
+    if hasattr(config, "discriminator"):
         yield from _loss_conflicts(config.losses, config.discriminator)
     codes = getattr(config, "codes", None)
     if codes is not None and not codes.path and not codes.tokenizer:
@@ -26,11 +28,14 @@ def conflicts(config: Any) -> Iterator[str]:
         yield f"profile.every: a window of {profile.steps} steps is not over by then; raise it to {profile.steps} or more"
 
 
-def _loss_conflicts(losses: Any, discriminator: Any) -> Iterator[str]:
+def _lpips_conflicts(losses: Any) -> Iterator[str]:
     if losses.perceptual_weight > 0 and not losses.lpips_weights:
         yield "losses.lpips_weights: missing; LPIPS needs a weights file, give its path or set losses.perceptual_weight=0"
     if losses.lpips_weights and not Path(losses.lpips_weights).is_file():
         yield f"losses.lpips_weights: no file {losses.lpips_weights}; give the path of VGG16 and linear-head weights"
+
+
+def _loss_conflicts(losses: Any, discriminator: Any) -> Iterator[str]:
     if losses.convnext_weight > 0 and not losses.convnext_path:
         yield "losses.convnext_path: missing; give a folder or hub id of a ConvNeXt, or set losses.convnext_weight=0"
     for key in ("adaptive", "r1_weight", "lecam_weight"):

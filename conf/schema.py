@@ -14,7 +14,17 @@ from ..ranges import NonNegativeInt, PositiveFloat, PositiveInt
 from .nodes import Component, Node, Text
 from .slurm import Slurm
 from .spine import Data, Paths, Strategy
-from .stages import ClassifierRun, GeneratorRun, Sampling, TokenizerParts, TokenizerRun
+from .stages import (
+    ClassifierRun,
+    DD2Run,
+    DiffusionRun,
+    DistillRun,
+    GeneratorRun,
+    Sampling,
+    StudentSampling,
+    TokenizerParts,
+    TokenizerRun,
+)
 from .sweeps import SweepCommand
 
 
@@ -87,6 +97,28 @@ class Sample(Node):
     scale: PositiveInt = Field(2, description="enlargement of the grid's pictures")
     ema: bool = Field(True, description="averaged weights where there are some")
     sampling: Sampling
+    student: StudentSampling = Field(StudentSampling(), description="of a one-step student, which reads no sampling")
+    strategy: Strategy
+
+
+class Pairs(Node):
+    """`tokar distill pairs`."""
+
+    stage: Literal["pairs"]
+    paths: Paths
+    model: Text = Field(description="the teacher: a generator run, checkpoint or exported model")
+    decode_with: Text | None = Field(None, description="its tokenizer; null takes the one it was trained with")
+    out: Text = Field(description="folder of the pairs")
+    count: PositiveInt = Field(description="pairs to learn from")
+    val_count: PositiveInt = Field(2000, description="pairs held out")
+    seed: NonNegativeInt = Field(0, description="pair i depends on (seed, i) alone")
+    solver: Literal["dpm", "heun", "euler"] = Field("dpm", description="of the flow: DPM-Solver++(2M), Heun, Euler")
+    solver_steps: PositiveInt = Field(100, description="of the solver, uniform in time")
+    fused: bool = Field(False, description="torch.compile each step of the solver; worth it on a GPU")
+    batch_size: PositiveInt = Field(64, description="pairs at once")
+    shard_size: PositiveInt = Field(16384, description="pairs per shard")
+    ema: bool = Field(True, description="averaged weights where there are some")
+    sampling: Sampling
     strategy: Strategy
 
 
@@ -138,6 +170,7 @@ class Evaluate(Node):
     ema: bool = Field(True, description="averaged weights where there are some")
     lpips_weights: Text | None = Field(None, description="file with VGG16 and linear-head weights; null leaves LPIPS out")
     sampling: Sampling | None = Field(None, description="null: as the run samples")
+    student: StudentSampling = Field(StudentSampling(), description="of a one-step student, which reads no sampling")
     strategy: Strategy
     out: Text | None = Field(None, description="null: the evaluation folder of the run")
 
@@ -178,9 +211,13 @@ SCHEMAS: dict[str, type[Node]] = {
     "tokenizer": TokenizerRun,
     "generator": GeneratorRun,
     "classifier": ClassifierRun,
+    "distill": DistillRun,
+    "diffusion": DiffusionRun,
+    "dd2": DD2Run,
     "prepare": Prepare,
     "encode": Encode,
     "sample": Sample,
+    "pairs": Pairs,
     "evaluate": Evaluate,
     "bench": Bench,
     "estimate": Estimate,

@@ -102,6 +102,15 @@ class Sampling(Node):
     )
 
 
+class StudentSampling(Node):
+    """How a one-step student is asked."""
+
+    steps: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = Field(
+        None, description="finished units at which its passes begin: [0] is one step; null: all that it was trained for"
+    )
+    split: NonNegativeInt | None = Field(None, description="tokens of the first so many units become codes; null: as trained")
+
+
 class GeneratorRun(Spine):
     """`tokar train generator`."""
 
@@ -110,6 +119,69 @@ class GeneratorRun(Spine):
     generator: Component
     class_dropout: Fraction = Field(0.1, description="share of samples trained without their class")
     sampling: Sampling
+
+
+class StudentShape(Node):
+    """What a one-step student learns of a trajectory; units are scales (VAR) or tokens (LlamaGen)."""
+
+    timesteps: Annotated[list[NonNegativeInt], Field(min_length=1)] = Field(
+        description="finished units from which it learns to go to the end: 0, and perhaps one for a second step"
+    )
+    split: NonNegativeInt = Field(description="tokens of the first so many units become codes, the others stay vectors")
+
+
+class DistillLosses(Node):
+    """Weights of the student's losses beside the cross-entropy, whose weight is 1."""
+
+    vector_weight: NonNegativeFloat = Field(1.0, description="of the squared distance of predicted vectors to the codes")
+    perceptual_weight: NonNegativeFloat = Field(0.0, description="of LPIPS between decoded images, which needs lpips_weights")
+    lpips_weights: Text | None = Field(None, description="file with VGG16 and linear-head weights")
+
+
+class TaughtRun(Spine):
+    """What every distillation has."""
+
+    model: Text = Field(description="the teacher: a generator run, checkpoint or exported model")
+    decode_with: Text | None = Field(None, description="its tokenizer; null takes the one it was trained with")
+    pairs: Text | None = Field(description="folder of `tokar distill pairs`; null draws them while training")
+    count: PositiveInt = Field(100_000, description="pairs=null: how many there are")
+    sampling: Sampling
+
+
+class DistillRun(TaughtRun):
+    """`tokar train distill`."""
+
+    stage: Literal["distill"]
+    student: StudentShape
+    losses: DistillLosses
+
+
+class DiffusionRun(TaughtRun):
+    """`tokar train diffusion`."""
+
+    stage: Literal["diffusion"]
+    width: PositiveInt = Field(1024, description="of the network that moves one token")
+    depth: PositiveInt = Field(3, description="its residual blocks")
+    hidden: PositiveInt = Field(1024, description="next-token teachers: of the layer that reads vectors in the place of codes")
+    fit_steps: NonNegativeInt = Field(1000, description="next-token teachers: steps to fit that layer to the table of codes")
+    draws: PositiveInt = Field(4, description="noises of each token in a step (MAR: 4)")
+    chunk: PositiveInt | None = Field(None, description="tokens whose scores are computed at once; null: all")
+    steps: PositiveInt = Field(10, description="Euler steps of each token when it draws")
+
+
+class DD2Run(TaughtRun):
+    """`tokar train dd2`."""
+
+    stage: Literal["dd2"]
+    diffusion: Text = Field(description="run of `tokar train diffusion`: where both networks begin")
+    align: Text | None = Field(None, description="a dd2 run to go on from: its averaged generator and its fake score network")
+    generator_rests: Length = Field(0, description="the generator's first update comes after so long (DD2's alignment: 8000)")
+    fake_updates: PositiveInt = Field(5, description="updates of the fake score network for each of the generator")
+    fake_optim: Optim
+    form: Literal["sid", "dmd"] = Field("sid", description="of the distillation loss; dmd needs less memory")
+    alpha: NonNegativeFloat = Field(1.0, description="of form=sid")
+    draws: PositiveInt = Field(4, description="noises of each token in a step")
+    chunk: PositiveInt | None = Field(None, description="tokens whose scores are computed at once; null: all")
 
 
 class ClassifierRun(Spine):

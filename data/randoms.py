@@ -5,6 +5,8 @@ Shapes: `B` samples, `N` samples of an epoch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -47,3 +49,25 @@ def uniforms(seed: int, epochs: np.ndarray, indices: np.ndarray, draws: int) -> 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     """The order `[N]` int64 of one epoch, a pure function of its arguments (Philox keyed by seed and epoch)."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
+
+
+def gaussian(seed: int, ids: Sequence[int] | np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal numbers of each sample, `[B, *shape]` float32: a pure function of (seed, id), whatever the batch.
+
+    Philox's integers are the same in every version of numpy, those of its normal numbers are not promised to be: the formula
+    of Box and Muller is applied here.
+
+    Args:
+        seed: not negative.
+        ids: of the samples, not negative.
+        shape: of one sample's numbers.
+    """
+    count = int(np.prod(shape))
+    half = -(-count // 2)
+    raw = [np.random.Philox(key=[seed, int(index)], counter=[0, 0, 0, 2]).random_raw(2 * half) for index in ids]
+    uniform = (
+        (np.array(raw, dtype=np.uint64).reshape(len(raw), 2 * half) >> np.uint64(11)).astype(np.float64) + 0.5
+    ) * 2.0**-53
+    radius, angle = np.sqrt(-2 * np.log(uniform[:, :half])), 2 * np.pi * uniform[:, half:]
+    normal = np.concatenate((radius * np.cos(angle), radius * np.sin(angle)), axis=1)[:, :count]
+    return normal.astype(np.float32).reshape(len(raw), *shape)

@@ -21,8 +21,9 @@ from ..data.stream import to_image
 from ..errors import UserError
 from ..models.build import load_model, locate_model, pick_device, weights_hash
 from ..models.classifier import Classifier
+from ..models.distill.student import Student
 from ..models.generators.base import Generator
-from ..models.open import OpenedGenerator, open_generator
+from ..models.open import OpenedGenerator, open_generator, open_student
 from ..models.samplers.decode import Tally
 from ..models.tokenizers.base import Tokenizer
 from ..models.tokenizers.losses import LPIPS
@@ -38,7 +39,7 @@ from .probe_features import generator_features, token_features
 from .protocol import Result, content_id
 from .reconstruction import evaluate_tokenizer
 from .reference import captions_of, reference_batches
-from .samples import Texts, class_ids, decode_batches, draw_codes, text_encoder, with_texts
+from .samples import Texts, class_ids, decode_batches, draw_codes, draw_vectors, text_encoder, with_texts
 
 
 def evaluate(composed: Composed) -> int:
@@ -115,6 +116,8 @@ class Task:
                 return self._likelihood(subject)
             case Generator():
                 return self._samples(subject)
+            case Student():
+                return self._student_samples(subject)
             case Classifier():
                 return self._classification(model, subject)
         raise UserError(
@@ -219,6 +222,22 @@ class Task:
 
     def _texts(self, opened: OpenedGenerator, split: str, count: int) -> Texts:
         return Texts(text_encoder(opened, self.config.text_encoder, self.device), captions_of(self._data, split, count))
+
+    def _student_samples(self, subject: dict[str, Any]) -> Result:
+        place = Path(self.config.decode_with) if self.config.decode_with else None
+        opened = open_student(self.target, tokenizer=place, ema=self.config.ema)
+        opened.student.to(self.device)
+        opened.tokenizer.to(self.device)
+        count = self.config.count or reference_batches(self._data, self._reference_split, 1, None)[1]
+        asked, tally = self.config.student.model_dump(), Tally()
+        with progress_bar(None, count, "sampling") as advance:
+            vectors = draw_vectors(
+                opened, class_ids(count, None, opened.student.num_classes), seed=self.config.seed, **asked,
+                batch_size=self.config.batch_size, on_batch=advance, tally=tally,
+            )  # fmt: skip
+            images = decode_batches(opened.tokenizer, vectors)
+            result = self._generation(images, count, {**subject, "seed": self.config.seed, "student": asked})
+        return replace(result, numbers={**result.numbers, "network_calls": tally.calls_per_image})
 
     def _generation(self, images: Iterable[Mapping[str, Tensor]], count: int, subject: dict[str, Any]) -> Result:
         """Fréchet distance to the reference split, and class accuracy where a classifier judges."""

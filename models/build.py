@@ -235,3 +235,8 @@ def model_facts(folder: Path) -> dict[str, Any]:
     """What lies in `config.json` beside the model's node: layout, classes, …"""
     content = json.loads((folder / CONFIG_NAME).read_text())
     return {key: value for key, value in content.items() if key != "model"}
+
+
+def model_node(folder: Path) -> dict[str, Any]:
+    """The node of the model in a model folder."""
+    return dict(json.loads((folder / CONFIG_NAME).read_text())["model"])

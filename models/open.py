@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .build import load_model, locate_model, model_facts, weights_hash
+from .build import load_model, locate_model, model_facts, model_node, resolve_target, weights_hash
+from .distill.student import Student
 from .generators.base import Generator
 from .samplers.guidance import Varying, check_guidance
 from .tokenizers.base import Tokenizer
@@ -38,11 +39,12 @@ def open_tokenizer(path: Path, *, ema: bool = True, expected_hash: str | None = 
 
 @dataclass(frozen=True)
 class OpenedGenerator:
-    """A generator, the tokenizer that decodes its codes, and what was saved beside the weights (`classes`, `layout`, …)."""
+    """A generator, the tokenizer that decodes its codes, what lies beside the weights (`classes`, `layout`, …), its node."""
 
     generator: Generator
     tokenizer: Tokenizer
     facts: dict[str, Any]
+    node: dict[str, Any]
 
     def check_guidance(self, guidance: Varying) -> None:
         """Make sure that the generator can be guided so; see `samplers.guidance.check_guidance`."""
@@ -65,11 +67,48 @@ def open_generator(path: Path, *, tokenizer: Path | None = None, ema: bool = Tru
     if not isinstance(generator, Generator):
         raise UserError(f"holds a {type(generator).__name__}, not a generator", where=path, fix="point at a generator run")
     facts = model_facts(folder)
+    opened = _its_tokenizer(path, facts, tokenizer)
+    generator.bind(opened)
+    return OpenedGenerator(generator, opened, facts, model_node(folder))
+
+
+@dataclass(frozen=True)
+class OpenedStudent:
+    """A one-step student, and the tokenizer whose codes it speaks."""
+
+    student: Student
+    tokenizer: Tokenizer
+
+
+def holds_student(path: Path) -> bool:
+    """Whether `path` (see `locate_model`) holds a one-step student."""
+    target = resolve_target(str(model_node(locate_model(path))["_target_"]))
+    return isinstance(target, type) and issubclass(target, Student)
+
+
+def open_student(path: Path, *, tokenizer: Path | None = None, ema: bool = True) -> OpenedStudent:
+    """The one-step student of a run, a checkpoint or an exported model, in eval mode.
+
+    Args:
+        path: where it lies.
+        tokenizer: where its tokenizer lies now; `None`: where it lay while training.
+        ema: prefer averaged weights.
+
+    Raises:
+        UserError: no student there, its tokenizer is gone, or is another one.
+    """
+    folder = locate_model(path)
+    student = load_model(folder, ema=ema)
+    if not isinstance(student, Student):
+        raise UserError(f"holds a {type(student).__name__}, not a one-step student", where=path, fix="point at a distill run")
+    return OpenedStudent(student, _its_tokenizer(path, model_facts(folder), tokenizer))
+
+
+def _its_tokenizer(path: Path, facts: dict[str, Any], given: Path | None) -> Tokenizer:
+    """The tokenizer of what lies at `path`: the one given, or the one that its facts name."""
     origin = facts.get("tokenizer") or {}
-    place = tokenizer or (Path(origin["path"]) if origin.get("path") else None)
+    place = given or (Path(origin["path"]) if origin.get("path") else None)
     if place is None or not place.exists():
         known = f"its tokenizer {place} is not here" if place else "it does not say which tokenizer made its codes"
         raise UserError(known, where=path, fix="give the place of the tokenizer with decode_with=…")
-    opened = open_tokenizer(place, expected_hash=origin.get("hash"))
-    generator.bind(opened)
-    return OpenedGenerator(generator, opened, facts)
+    return open_tokenizer(place, expected_hash=origin.get("hash"))

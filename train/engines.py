@@ -103,7 +103,7 @@ class Replicated(Engine):
                 wrapped,
                 bucket_cap_mb=strategy.bucket_mib,
                 gradient_as_bucket_view=True,
-                # Otherwise it orders its buckets anew after its first step, and a resumed run sums three ranks in another order.
+                # Otherwise it orders its buckets anew after its first step: a resumed run would sum ranks in another order.
                 find_unused_parameters=dist.get_world_size() > 2,
             )
             # Whatever updates a buffer sums over ranks itself. Named otherwise from one torch to the next, hence set here.

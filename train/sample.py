@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -10,15 +11,17 @@ from torch import Tensor
 
 from ..conf.compose import Composed
 from ..conf.schema import Sample
+from ..conf.stages import StudentSampling
 from ..data.files import check_place, os_errors, whole_file
 from ..data.progress import progress_bar
 from ..errors import UserError
 from ..evaluate.console import say
 from ..evaluate.images import save_folder, save_grid, save_npz
-from ..evaluate.samples import Texts, class_ids, decode_batches, draw_codes, text_encoder
+from ..evaluate.samples import Texts, class_ids, decode_batches, draw_codes, draw_vectors, text_encoder
 from ..models.build import pick_device
-from ..models.open import OpenedGenerator, open_generator
+from ..models.open import OpenedGenerator, holds_student, open_generator, open_student
 from ..models.samplers.decode import Tally
+from ..models.tokenizers.base import Tokenizer
 from .paint import canvas
 
 GRID_LIMIT = 1024
@@ -35,25 +38,52 @@ def sample(composed: Composed) -> int:
     out = Path(config.out) if config.out else samples_folder(Path(config.model))
     check_place(out)
     device = pick_device(config.strategy.accelerator)
+    tally = Tally()
+    draw = _draw_student if holds_student(Path(config.model)) else _draw_generator
+    with progress_bar(None, config.count, "sampling") as advance:
+        tokenizer, num_classes, drawn = draw(config, device, advance, tally)
+        begun = time.perf_counter()
+        batches = list(drawn)  # codes are small; pictures are decoded as each file is written
+    speed = config.count / (time.perf_counter() - begun)
+    say(f"{config.count} images at {speed:.1f} a second, {tally.calls_per_image:g} network calls each")
+    for path in _write(config, tokenizer, num_classes, batches, out):
+        say(str(path))
+    return 0
+
+
+Drawn = tuple[Tokenizer, int, Iterator[dict[str, Tensor]]]
+"""Tokenizer, number of classes, batches to be drawn."""
+
+
+def _draw_generator(config: Sample, device: torch.device, advance: Callable[[int], None], tally: Tally) -> Drawn:
+    if config.student != StudentSampling():
+        raise UserError("is of a one-step student, this is a generator", where="student", fix="leave it out; see sampling")
     place = Path(config.decode_with) if config.decode_with else None
     opened = open_generator(Path(config.model), tokenizer=place, ema=config.ema)
     opened.tokenizer.to(device)
     opened, given = canvas(config, opened, device)
     opened.check_guidance(config.sampling.guidance)
-    conditions = _conditions(config, opened, device)
-    tally, begun = Tally(), time.perf_counter()
-    with progress_bar(None, config.count, "sampling") as advance:
-        drawn = draw_codes(
-            opened.generator.to(device), conditions, seed=config.seed,
-            sampling={**config.sampling.model_dump(), "given": given},
-            batch_size=config.batch_size, on_batch=advance, tally=tally,
-        )  # fmt: skip
-        batches = list(drawn)  # codes are small; pictures are decoded as each file is written
-    speed = config.count / (time.perf_counter() - begun)
-    say(f"{config.count} images at {speed:.1f} a second, {tally.calls_per_image:g} network calls each")
-    for path in _write(config, opened, batches, out):
-        say(str(path))
-    return 0
+    drawn = draw_codes(
+        opened.generator.to(device), _conditions(config, opened, device), seed=config.seed,
+        sampling={**config.sampling.model_dump(), "given": given}, batch_size=config.batch_size, on_batch=advance, tally=tally,
+    )  # fmt: skip
+    return opened.tokenizer, opened.generator.num_classes, drawn
+
+
+def _draw_student(config: Sample, device: torch.device, advance: Callable[[int], None], tally: Tally) -> Drawn:
+    for key in ("prompts", "given", "scales"):
+        if getattr(config, key) is not None:
+            raise UserError("a one-step student cannot", where=key, fix="leave it out, or sample its teacher")
+    opened = open_student(
+        Path(config.model), tokenizer=Path(config.decode_with) if config.decode_with else None, ema=config.ema
+    )
+    opened.student.to(device)
+    opened.tokenizer.to(device)
+    drawn = draw_vectors(
+        opened, class_ids(config.count, config.classes, opened.student.num_classes), seed=config.seed,
+        **config.student.model_dump(), batch_size=config.batch_size, on_batch=advance, tally=tally,
+    )  # fmt: skip
+    return opened.tokenizer, opened.student.num_classes, drawn
 
 
 def _conditions(config: Sample, opened: OpenedGenerator, device: torch.device) -> Tensor | Texts:
@@ -95,18 +125,18 @@ def samples_folder(model: Path) -> Path:
     return run / "samples"
 
 
-def _write(config: Sample, opened: OpenedGenerator, batches: list[dict[str, Tensor]], out: Path) -> list[Path]:
+def _write(config: Sample, tokenizer: Tokenizer, num_classes: int, batches: list[dict[str, Tensor]], out: Path) -> list[Path]:
     written = []
     if "grid" in config.save:
-        images = torch.cat([batch["image"] for batch in decode_batches(opened.tokenizer, batches)])
+        images = torch.cat([batch["image"] for batch in decode_batches(tokenizer, batches)])
         prompts = config.prompts if isinstance(config.prompts, list) else None
-        classes = len(prompts or config.classes or range(opened.generator.num_classes))
+        classes = len(prompts or config.classes or range(num_classes))
         columns = classes if 1 < classes <= 20 else None  # one class a column, where that is readable
         written.append(save_grid(images, out / "samples.png", columns, config.scale))
     if "folder" in config.save:
-        written.append(save_folder(decode_batches(opened.tokenizer, batches), out / "images"))
+        written.append(save_folder(decode_batches(tokenizer, batches), out / "images"))
     if "npz" in config.save:
-        written.append(save_npz(decode_batches(opened.tokenizer, batches), out / "samples.npz", config.count))
+        written.append(save_npz(decode_batches(tokenizer, batches), out / "samples.npz", config.count))
     if "codes" in config.save:
         written.append(_save_codes(torch.cat([batch["codes"] for batch in batches]), out / "codes.npy"))
     return written

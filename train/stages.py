@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..conf.spine import Data, Spine
-from ..conf.stages import ClassifierRun, GeneratorRun, TokenizerRun
+from ..conf.stages import ClassifierRun, DD2Run, DiffusionRun, DistillRun, GeneratorRun, TokenizerRun
 from ..data.codes import CodeDataset
 from ..data.shards import ImageDataset
 from ..data.stream import Dataset, Stream
@@ -21,6 +21,8 @@ from ..models.open import open_tokenizer
 from ..models.tokenizers.base import Tokenizer
 from ..models.tokenizers.layout import TokenLayout
 from .classifier import ClassifierStage
+from .dd2 import DD2Stage, DiffusionStage
+from .distill import DistillStage, open_pairs, open_teacher
 from .generator import GeneratorStage
 from .rehearsal import rehearse
 from .stage import Stage
@@ -78,10 +80,34 @@ def build_generator(config: GeneratorRun, workers: Workers) -> Built:
     return _built(config, workers, stage, train, validate)
 
 
+def build_distill(config: DistillRun, workers: Workers) -> Built:
+    """Pairs of noise and codes in, or their noise alone."""
+    opened = open_teacher(config)
+    train, validate = open_pairs(config, opened)
+    return _built(config, workers, DistillStage(config, opened), train, validate)
+
+
+def build_diffusion(config: DiffusionRun, workers: Workers) -> Built:
+    """As `build_distill`."""
+    opened = open_teacher(config)
+    train, validate = open_pairs(config, opened)
+    return _built(config, workers, DiffusionStage(config, opened), train, validate)
+
+
+def build_dd2(config: DD2Run, workers: Workers) -> Built:
+    """As `build_distill`; of the pairs only noise and class are read."""
+    opened = open_teacher(config)
+    train, validate = open_pairs(config, opened)
+    return _built(config, workers, DD2Stage(config, opened), train, validate)
+
+
 BUILDERS: dict[str, Callable[..., Built]] = {
     "tokenizer": build_tokenizer,
     "classifier": build_classifier,
     "generator": build_generator,
+    "distill": build_distill,
+    "diffusion": build_diffusion,
+    "dd2": build_dd2,
 }
 
 

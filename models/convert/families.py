@@ -14,6 +14,8 @@ from .family import Family, shapes_of
 # A family is one class in its own module, imported when first asked for.
 _FAMILIES = {
     "llamagen_vq": "llamagen.LlamaGenVQ",
+    "dd1_llamagen": "dd1.DD1LlamaGen",  # the students before their teachers, whose names they have too
+    "dd1_var": "dd1.DD1VAR",
     "gigatok_gpt": "gigatok_gpt.GigaTokGPT",  # before LlamaGen's, whose names it has too
     "llamagen_gpt": "llamagen_gpt.LlamaGenGPT",
     "d_ar": "llamagen_gpt.DARGPT",  # after it: only by name, its tensors are the same

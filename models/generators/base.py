@@ -136,6 +136,12 @@ class Generator(nn.Module, ABC):
             unit: the one to be proposed next.
         """
 
+    def resume(self, state: Any, codes: Tensor, unit: int) -> None:
+        """Take the units before `unit` of `codes [B, N]` as committed, right after `begin`: as if they had been drawn."""
+        for earlier in range(unit):
+            self.propose(state, earlier)
+            self.commit(state, earlier, codes[:, self.plan.columns(earlier)])
+
     @abstractmethod
     def keep(self, state: Any, rows: int) -> None:
         """Forget all but the first `rows` rows."""

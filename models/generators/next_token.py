@@ -164,5 +164,8 @@ def _checked(condition: nn.Module | None, num_classes: int, dim: int, modulation
 
 
 def _rotary(plan: Plan, head_dim: int, positions: str) -> Tensor:
-    coords = [(slot,) for slot in range(plan.n_slots)] if positions == "rotary_class" else plan.coords
-    return rope_table(coords, head_dim)
+    """Rows of all slots and of the last token, which a generator never feeds but its one-step student does."""
+    if positions == "rotary_class":
+        return rope_table([(slot,) for slot in range(plan.n_slots + 1)], head_dim)
+    last = (plan.n_tokens - 1,) if plan.grid is None else (plan.grid[0] - 1, plan.grid[1] - 1)
+    return rope_table([*plan.coords, last], head_dim)

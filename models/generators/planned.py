@@ -134,6 +134,18 @@ class PlannedGenerator(Generator):
             return found
         return found[:, self._layout_order.on(found.device)]
 
+    def features(self, values: Tensor, condition: Tensor) -> Tensor:
+        """Hidden states `[B, N, C]` from which each token is predicted, in the order of the plan; the head is not asked.
+
+        For families whose inputs may be vectors (next-scale, and next-token after `distill.adapt.continuous`) and that predict
+        one token at a slot.
+
+        Args:
+            values: codes `[B, N]`, or vectors `[B, N, D]` in their place.
+            condition: `[B, …]`.
+        """
+        return self._masked_pass(values, condition, self.plan.n_slots)[:, self.plan.prefix :]
+
     def loss(self, codes: Tensor, condition: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
         """Mean cross-entropy in nats per token, of float32 logits."""
         logits = self.logits(codes, condition).float()
@@ -155,15 +167,29 @@ class PlannedGenerator(Generator):
 
     @torch.no_grad()
     def propose(self, state: DecodeState, unit: int) -> Tensor:
-        """Logits `[B, U, V]` of the tokens of `unit`: its slots look at the cache and at each other."""
+        """Logits `[B, U, V]` of the tokens of `unit`: its slots look at the cache and at each other.
+
+        Slots before them that are not in the cache yet (see `resume`) are fed in the same pass.
+        """
         span = self.plan.span(unit)
-        x = self._fill(state.codes, state.condition, span, state.carry)
-        if state.compiled and unit:
+        behind = state.cache.length < span.start
+        slots = slice(state.cache.length, span.stop) if behind else span
+        x = self._fill(state.codes, state.condition, slots, None if behind else state.carry)
+        if state.compiled and unit and not behind:
             hidden = self._static_pass(x, state.condition, span, state.cache, compiled_step())
         else:
-            hidden = self._pass(x, state.condition, span, state.cache, masked=unit == 0 and self.plan.prefix > 0)
+            masked = behind or (unit == 0 and self.plan.prefix > 0)
+            hidden = self._pass(x, state.condition, slots, state.cache, masked=masked)
         state.calls += 1
-        return self._head(hidden, unit, unit + 1)
+        return self._head(hidden[:, span.start - slots.start :], unit, unit + 1)
+
+    @torch.no_grad()
+    def resume(self, state: DecodeState, codes: Tensor, unit: int) -> None:
+        """Take the units before `unit` as committed; nothing is computed until `unit` is proposed."""
+        for earlier in range(unit):
+            columns = self.plan.columns(earlier)
+            state.codes[:, columns] = codes[:, columns]
+            state.carry = self._advance(state.carry, earlier, codes[:, columns])
 
     @torch.no_grad()
     def commit(self, state: DecodeState, unit: int, values: Tensor) -> None:

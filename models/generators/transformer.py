@@ -110,7 +110,9 @@ class Block(Unit):
         self.modulation = nn.Linear(dim, 6 * dim) if config.modulation == "block" else None
         self.offset = nn.Parameter(torch.randn(6, dim) * dim**-0.5) if config.modulation == "shared" else None
 
-    def forward(self, x: Tensor, context: Context, layer: int, signal: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Context, layer: int, signal: Tensor | None = None, between: Tensor | None = None
+    ) -> Tensor:
         """`[B, L, C]` to `[B, L, C]`.
 
         Args:
@@ -118,12 +120,15 @@ class Block(Unit):
             context: of the attention.
             layer: index of this block.
             signal: of a modulated block: SiLU of the condition `[B, L or 1, C]`; shared: its six vectors `[B, L or 1, 6, C]`.
+            between: `[B, L, C]`, added after the attention (one-step students).
         """
         if signal is None:
             x = x + self._drop(self.attention(self.norm1(x), context, layer))
+            x = x if between is None else x + between
             return x + self._drop(self.mlp(self.norm2(x)))
         gate1, gate2, scale1, scale2, shift1, shift2 = self._six(signal).unbind(-2)
         x = x + self._drop(gate1 * self.attention(modulate(self.norm1(x), scale1, shift1), context, layer))
+        x = x if between is None else x + between
         return x + self._drop(gate2 * self.mlp(modulate(self.norm2(x), scale2, shift2)))
 
     def _six(self, signal: Tensor) -> Tensor:
@@ -158,13 +163,19 @@ class Transformer(nn.Module):
             context: of the attention.
             condition: `[B, L or 1, C]`, what modulates; `None` where nothing does.
         """
+        return self.finish(self.through(x, context, range(len(self.blocks)), self.signal(condition)), condition)
+
+    def signal(self, condition: Tensor | None) -> Tensor | None:
+        """What modulates the blocks, of a condition `[B, L or 1, C]`: see `Block.forward`."""
         active = None if condition is None else F.silu(condition)
-        signal = active if self.shared is None else self.shared(active).unflatten(-1, (6, -1))
-        x = self.norm(self.through(x, context, range(len(self.blocks)), signal))
-        if self.final is None:
-            return x
-        scale, shift = self.final(active).chunk(2, dim=-1)
-        return modulate(x, scale, shift)
+        return active if self.shared is None else self.shared(active).unflatten(-1, (6, -1))
+
+    def finish(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Hidden states `[B, L, C]` behind the last block, normed for the head."""
+        if self.final is None or condition is None:
+            return self.norm(x)
+        scale, shift = self.final(F.silu(condition)).chunk(2, dim=-1)
+        return modulate(self.norm(x), scale, shift)
 
     def through(self, x: Tensor, context: Context, layers: range, signal: Tensor | None = None) -> Tensor:
         """Hidden states `[B, L, C]` behind some of the blocks, not normed.

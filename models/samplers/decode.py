@@ -8,6 +8,7 @@ and leaves after the last one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,10 +22,12 @@ from ..generators.base import Generator
 from ..generators.plan import Plan
 from .decoders import CachedDecoder, Decoder, UncachedDecoder
 from .guidance import OFF, Varying, combine, parse_schedule
-from .pick import Numbers, pick
+from .pick import Numbers, pick, temper
 from .reveal import Inner, Within, inner_for, offer_of
 
 Progress = Callable[[int, int], None]
+Transport = Callable[[Tensor, slice, slice | list[int]], Tensor]
+"""Codes `[B, U]` in the place of a draw, from tempered logits `[B, U, V]`, rows of the request, and tokens of the image."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +65,28 @@ class Choices:
         temperature = self.temperatures[unit]
         return pick(logits, numbers, temperature=temperature, top_k=self.top_k, top_p=self.top_p, greedy=self.greedy)
 
+    def temper(self, logits: Tensor, unit: int) -> Tensor:
+        """Guided logits `[B, U, V]` of `unit` as those that codes are drawn from."""
+        return temper(logits, self.temperatures[unit], self.top_k, self.top_p)
+
 
 @dataclass
 class Tally:
     """What sampling cost.
 
     Args:
-        calls: passes of the network over a batch.
+        calls: passes of the network over a batch, one after the other: the sequential depth.
         batches: batches drawn.
+        evaluations: the same passes, those with and without the condition counted as two.
     """
 
     calls: int = 0
     batches: int = 0
+    evaluations: int = 0
+
+    def add(self, calls: int, evaluations: int) -> None:
+        """Count one batch."""
+        self.calls, self.evaluations, self.batches = self.calls + calls, self.evaluations + evaluations, self.batches + 1
 
     @property
     def calls_per_image(self) -> float:
@@ -141,6 +154,8 @@ def sample(
     compile: bool = False,
     progress: Progress | None = None,
     tally: Tally | None = None,
+    transport: Transport | None = None,
+    until: int | None = None,
     **within: Unpack[Within],
 ) -> Tensor:
     """Draw codes from a generator.
@@ -160,9 +175,12 @@ def sample(
         cache: use the KV cache; without it every unit is a full pass.
         max_batch: draw at most this many samples at once. On a GPU that runs out of memory it is halved until it fits.
         given: `[B, N]` codes that are fixed, -1 where a code is to be drawn (in- and out-painting); `[1, N]`: of all samples.
+            Units that are given from the first on cost no steps.
         compile: run the decode step through `torch.compile`: worth it for many samples on a GPU.
         progress: called after every unit with tokens done and tokens in all.
         tally: is told what it cost.
+        transport: chooses the codes instead of a draw; `seed` is then not used.
+        until: stop before this unit; later codes are 0.
         within: how a generator of blocks reveals one; see `Within`.
 
     Returns:
@@ -195,15 +213,23 @@ def sample(
         decoder = CachedDecoder(generator, part, capacity, compile) if cache else UncachedDecoder(generator, part)
         fixed = None if given is None else given[rows].to(part.device)
         numbers = Numbers(seed, ids[rows], plan.n_tokens, part.device)
+        source = None if transport is None else functools.partial(_carry, transport, rows)
         broken = torch.zeros((), dtype=torch.bool, device=part.device)
-        for unit in range(plan.n_units):
-            broken |= _reveal(decoder, plan, unit, choices, numbers, fixed)
+        first = 0 if fixed is None or choices.inner else _given_units(plan, fixed)
+        if fixed is not None and first:
+            decoder.resume(fixed, first)
+        doubled = 0
+        for unit in range(first, plan.n_units if until is None else until):
+            _pair(decoder, unit, choices)
+            before = decoder.calls
+            broken |= _reveal(decoder, plan, unit, choices, numbers, fixed, source)
+            doubled += decoder.calls - before if decoder.paired else 0
             if progress is not None:
                 progress(rows.start * plan.n_tokens + len(part) * plan.committed[unit + 1], total)
         if broken:  # asked once per chunk: a GPU would have to wait at every unit
             raise UserError("the generator's logits are not a number", fix="its weights diverged: use an earlier checkpoint")
         if tally is not None:
-            tally.calls, tally.batches = tally.calls + decoder.calls, tally.batches + 1
+            tally.add(decoder.calls, decoder.calls + doubled)
         return decoder.codes
 
     training = generator.training
@@ -214,17 +240,40 @@ def sample(
         generator.train(training)
 
 
-def _reveal(decoder: Decoder, plan: Plan, unit: int, choices: Choices, numbers: Numbers, given: Tensor | None) -> Tensor:
-    """One unit, in one step or in several, then its commit; says (bool, no axes) whether a logit was not a number."""
-    columns = plan.columns(unit)
+def _pair(decoder: Decoder, unit: int, choices: Choices) -> None:
+    """The unconditional half comes when it is wanted, and leaves when it is not any more."""
     if choices.guided[unit] and not decoder.paired:
         decoder.pair(unit)
     elif decoder.paired and unit > choices.last_guided:
         decoder.unpair()
+
+
+Source = Callable[[Tensor, slice | list[int]], Tensor]
+
+
+def _carry(transport: Transport, rows: slice, logits: Tensor, columns: slice | list[int]) -> Tensor:
+    return transport(logits, rows, columns)
+
+
+def _given_units(plan: Plan, given: Tensor) -> int:
+    """How many units from the first on are given in all rows of `[B, N]`."""
+    known = (given >= 0).all(dim=0)
+    return next((unit for unit in range(plan.n_units) if not known[plan.columns(unit)].all()), plan.n_units)
+
+
+def _reveal(
+    decoder: Decoder, plan: Plan, unit: int, choices: Choices, numbers: Numbers, given: Tensor | None, source: Source | None
+) -> Tensor:
+    """One unit, in one step or in several, then its commit; says (bool, no axes) whether a logit was not a number."""
+    columns = plan.columns(unit)
     fixed = None if given is None else given[:, columns]
     if choices.inner is None:
         logits = _guided(decoder, decoder.propose(unit), unit, choices)
-        values, broken = choices.pick(logits, numbers.of_tokens(columns), unit), _is_broken(logits)
+        broken = _is_broken(logits)
+        if source is None:
+            values = choices.pick(logits, numbers.of_tokens(columns), unit)
+        else:
+            values = source(choices.temper(logits, unit), columns)
         values = values if fixed is None else torch.where(fixed >= 0, fixed, values)
     else:
         hidden = decoder.codes.new_full((len(decoder.codes), len(plan.tokens(unit))), -1)

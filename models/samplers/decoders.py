@@ -23,6 +23,9 @@ class Decoder(Protocol):
     def calls(self) -> int:
         """Passes of the network so far."""
 
+    def resume(self, codes: Tensor, unit: int) -> None:
+        """Begin with the units before `unit` of `codes [B, N]`, -1 where there is none."""
+
     def propose(self, unit: int) -> Tensor:
         """Conditional logits `[B, U, V]`; while paired `[2B, U, V]`, the unconditional ones last."""
 
@@ -52,8 +55,13 @@ class CachedDecoder:
     def __init__(self, generator: Generator, condition: Tensor, capacity: int, compile: bool) -> None:
         self.generator, self.condition, self.paired = generator, condition, False
         self.codes = condition.new_zeros(len(condition), generator.plan.n_tokens, dtype=torch.int64)
-        self.capacity, self.compile = capacity, compile
+        self.capacity, self.compile, self.known = capacity, compile, 0
         self.state: Any = None
+
+    def resume(self, codes: Tensor, unit: int) -> None:
+        """Begin with the units before `unit` of `codes [B, N]`, which cost no steps of their own."""
+        self.known = unit
+        self.codes[:] = torch.where(codes >= 0, codes, 0)
 
     def pair(self, unit: int) -> None:
         """Add the unconditional rows; from the first unit on they simply begin together with the others."""
@@ -95,6 +103,7 @@ class CachedDecoder:
 
     def _begin(self, condition: Tensor) -> None:
         self.state = self.generator.begin(condition, capacity=self.capacity, compile=self.compile)
+        self.generator.resume(self.state, self._for_all_rows(self.codes), self.known)
 
 
 class UncachedDecoder:
@@ -104,6 +113,10 @@ class UncachedDecoder:
         self.generator, self.condition, self.paired = generator, condition, False
         self.codes = condition.new_zeros(len(condition), generator.plan.n_tokens, dtype=torch.int64)
         self.rows, self.calls = condition, 0
+
+    def resume(self, codes: Tensor, unit: int) -> None:
+        """Begin with the units before `unit` of `codes [B, N]`."""
+        self.codes[:] = torch.where(codes >= 0, codes, 0)
 
     def pair(self, unit: int) -> None:
         """Add the unconditional rows."""

@@ -106,5 +106,9 @@ def pick(
     """
     if greedy:
         return logits.argmax(dim=-1)
-    scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
-    return draw(restrict(scaled, top_k, top_p), uniform)
+    return draw(temper(logits, temperature, top_k, top_p), uniform)
+
+
+def temper(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Float32 logits whose softmax is what is drawn from: see `pick`."""
+    return restrict(logits.float() if temperature == 1.0 else logits.float() / temperature, top_k, top_p)

@@ -29,6 +29,10 @@ TOKENIZERS = {
     **dict.fromkeys(("cifar10_llamagen", "cifar10_next_scale", "cifar10_block"), "cifar10_multiscale"),
 }  # fmt: skip
 """Whose codes each generator learns here."""
+TEACHERS = {
+    name: name.replace("dd1_digits", "digits_llamagen").removeprefix("dd1_") for name in TEXTS if name.startswith("dd1_")
+}
+"""Whose trajectories each student learns here, drawn on the fly."""
 CUT = {
     "llamagen_vq": ["tokenizer.encoder.width=32", "tokenizer.quantizer.codebook_size=64"],
     "var_vqvae": ["tokenizer.encoder.width=32", "tokenizer.quantizer.codebook_size=64"],
@@ -133,6 +137,8 @@ def take_step(start, noise, captioned, folder):
                 overrides.append(f"codes.path={captioned(take(TOKENIZERS[name]))}")
             elif name in TOKENIZERS:
                 overrides += ["codes.path=null", f"codes.tokenizer={take(TOKENIZERS[name])}"]
+            elif name in TEACHERS:
+                overrides += ["pairs=null", "count=4", f"model={take(TEACHERS[name])}"]
             if "perceptual_weight" in TEXTS[name]:
                 overrides.append("losses.lpips_weights=lpips.safetensors")
             if "override /discriminator: dino" in TEXTS[name]:

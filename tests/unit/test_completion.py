@@ -16,7 +16,7 @@ def complete(line):
     ("line", "proposed"),
     [
         ("tokar tr", ["train"]),
-        ("tokar train ", ["classifier", "generator", "tokenizer"]),
+        ("tokar train ", ["classifier", "dd2", "diffusion", "distill", "generator", "tokenizer"]),
         ("tokar --v", ["--version"]),
         ("tokar train tokenizer --m", ["--multirun"]),
         ("tokar train tokenizer exp", ["experiment="]),

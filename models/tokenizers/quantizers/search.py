@@ -38,7 +38,7 @@ def best_code(rows: Tensor, codes: Tensor, bias: Tensor, chunk: int | None = Non
         chunk: rows compared at once; by default as many as keep the scores below 64 MiB (1 MiB on a CPU, more for wide codes).
     """
     parts = rows.split(chunk or _rows_at_once(codes, rows.is_cuda))
-    with _full_float32():
+    with full_float32():
         return torch.cat([torch.addmm(bias, part, codes.t()).argmax(-1) for part in parts])
 
 
@@ -55,7 +55,7 @@ def _rows_at_once(codes: Tensor, cuda: bool) -> int:
 
 
 @contextmanager
-def _full_float32() -> Iterator[None]:
+def full_float32() -> Iterator[None]:
     """No TF32 inside: its 10-bit mantissa would make the codes of an image depend on a speed switch.
 
     This is why the search is an operator of its own: `torch.compile` calls it as it stands.

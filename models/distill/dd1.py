@@ -1,0 +1,205 @@
+"""Distilled Decoding 1 (arXiv:2412.17153): the losses of a student on trajectories, and its samplers.
+
+Shapes: `B` batch, `N` tokens of an image, `D` code width, `V` vocabulary. Steps and splits count finished units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...errors import UserError
+from ..generators.base import Generator
+from ..samplers.decode import Tally, sample
+from .codebook import nearest
+from .student import Prediction, Student
+
+Perceptual = Callable[[Tensor, Tensor], Tensor]
+"""Distance, a scalar, of the images of predicted vectors and of true ones, both `[B, N, D]`."""
+
+
+def point(codes: Tensor, noise: Tensor, codebook: Tensor, pending: Tensor) -> Tensor:
+    """The point of a trajectory `[B, N, D]`: code vectors, and the noise where tokens are pending.
+
+    Args:
+        codes: `[B, N]` at its end.
+        noise: `[B, N, D]` at its beginning.
+        codebook: `[V, D]`.
+        pending: bool `[B, N]`, see `Student.pending`.
+    """
+    return torch.where(pending[..., None], noise, F.embedding(codes, codebook))
+
+
+def losses(
+    prediction: Prediction,
+    codes: Tensor,
+    codebook: Tensor,
+    pending: Tensor,
+    *,
+    vector_weight: float = 1.0,
+    perceptual: Perceptual | None = None,
+    perceptual_weight: float = 1.0,
+) -> dict[str, Tensor]:
+    """Means over the pending tokens: cross-entropy of the logits, squared distance of the vectors, and what they add up to.
+
+    `L = CE(logits_i, q_i) + λ_e·|x_i - c(q_i)|² + λ_p·d(x, c(q))`. The paper's own weights are not known.
+
+    Args:
+        prediction: of a student.
+        codes: `[B, N]` at the end of the trajectories.
+        codebook: `[V, D]`.
+        pending: bool `[B, N]`, at least one of them true.
+        vector_weight: λ_e.
+        perceptual: `d`; `None`: left out.
+        perceptual_weight: λ_p.
+
+    Returns:
+        `loss`, `cross_entropy` (nats), `vector` (squared length), `accuracy` of the tokens, perhaps `perceptual`.
+    """
+    count = pending.sum()
+    logits, vectors = prediction.logits.float(), prediction.vectors.float()
+    nll = F.cross_entropy(logits.transpose(1, 2), codes, reduction="none")
+    true = F.embedding(codes, codebook)
+    found = {
+        "cross_entropy": (nll * pending).sum() / count,
+        "vector": ((vectors - true).square().sum(-1) * pending).sum() / count,
+        "accuracy": ((logits.argmax(-1) == codes) & pending).sum() / count,
+    }
+    total = found["cross_entropy"] + vector_weight * found["vector"]
+    if perceptual is not None:
+        found["perceptual"] = perceptual(torch.where(pending[..., None], vectors, true), true)
+        total = total + perceptual_weight * found["perceptual"]
+    return {"loss": total, **found}
+
+
+def sequence_accuracy(student_codes: Tensor, teacher_codes: Tensor) -> Tensor:
+    """Share of samples `[B, N]` that are the same throughout, a scalar.
+
+    Both come from the same noise, so the total variation distance between student and teacher is at most one minus this.
+    """
+    return (student_codes == teacher_codes).all(dim=1).double().mean()
+
+
+def compose(
+    student: Student, prediction: Prediction, vectors: Tensor, codebook: Tensor, done: int, split: int | None = None
+) -> Tensor:
+    """The predicted end `[B, N, D]`: codes of the logits before the split, the other head's vectors behind it.
+
+    What was data already is copied, before the split its nearest code.
+
+    Args:
+        student: which says where tokens lie.
+        prediction: from `vectors`.
+        vectors: `[B, N, D]`.
+        codebook: `[V, D]`.
+        done: finished units of `vectors`.
+        split: `None`: the student's.
+    """
+    known, snapped = student.tokens_in(done), student.tokens_in(student.split if split is None else split)
+    tokens = torch.cat((vectors[:, :known], prediction.vectors[:, known:].to(vectors.dtype)), dim=1)
+    codes = torch.cat((nearest(vectors[:, :known], codebook), prediction.logits[:, known:].argmax(-1)), dim=1)
+    return torch.cat((F.embedding(codes[:, :snapped], codebook), tokens[:, snapped:]), dim=1)
+
+
+@torch.no_grad()
+def generate(
+    student: Student,
+    codebook: Tensor,
+    condition: Tensor,
+    noise: Tensor,
+    *,
+    steps: Sequence[int] | None = None,
+    split: int | None = None,
+    start: Tensor | None = None,
+    tally: Tally | None = None,
+) -> Tensor:
+    """Vectors `[B, N, D]` in as many passes as there are steps: each keeps what lies before it and puts the noise back.
+
+    Args:
+        student: in eval mode.
+        codebook: `[V, D]`.
+        condition: `[B]`.
+        noise: `[B, N, D]`.
+        steps: finished units at which each pass begins, rising; `None`: all that it was trained for. `[0]` is one step.
+        split: see `Student`; `None`: the student's own. All units: every vector is a code.
+        start: `[B, N, D]`, of which the units before the first step are kept; needed where that is not 0.
+        tally: is told what it cost.
+
+    Raises:
+        UserError: a step that it was not trained for, or that needs a start.
+    """
+    chosen = student.timesteps if steps is None else tuple(steps)
+    for step in chosen:
+        student.check_step(step)
+    if not chosen or any(later <= before for before, later in pairwise(chosen)):
+        raise UserError(f"steps {list(chosen)} do not rise", where="steps", fix="use steps=[0], or [0, T] as it was trained")
+    if start is None and chosen[0] != 0:
+        raise UserError(f"a first step from {chosen[0]} with nothing before it", where="steps", fix="begin with step 0")
+    x = noise if start is None else start
+    for step in chosen:
+        done = torch.full((len(noise),), student.tokens_in(step), device=noise.device)
+        x = torch.where(student.pending(done)[..., None], noise, x)
+        x = compose(student, student(x, condition, done), x, codebook, step, split)
+    if tally is not None:
+        tally.add(len(chosen), len(chosen))
+    return x
+
+
+@torch.no_grad()
+def assisted(
+    student: Student,
+    teacher: Generator,
+    codebook: Tensor,
+    condition: Tensor,
+    noise: Tensor,
+    *,
+    keep: int,
+    seed: int,
+    step: int | None = None,
+    split: int | None = None,
+    tally: Tally | None = None,
+    **sampling: Any,
+) -> Tensor:
+    """Vectors `[B, N, D]` with the teacher's help ("pre-trained-n-m"): a step, the teacher from `keep` to `step`, another step.
+
+    The first `keep` units of the first step stay as codes, the teacher draws the units after them as it always does, and the
+    student goes on from `step` with the noise it began with. Passes: 1 + (step - keep) + 1; where `keep` is 0, one less.
+
+    Args:
+        student: in eval mode.
+        teacher: of the same plan.
+        codebook: `[V, D]`.
+        condition: `[B]`.
+        noise: `[B, N, D]`.
+        keep: units, fewer than `step`.
+        seed: of the teacher's draws.
+        step: from which the student goes on; `None`: the last one that it was trained for.
+        split: see `generate`.
+        tally: is told what it cost, as one batch.
+        sampling: of the teacher, see `samplers.decode.sample`.
+
+    Raises:
+        UserError: nothing is left for the teacher, or a step that the student was not trained for.
+    """
+    last = student.timesteps[-1] if step is None else step
+    student.check_step(last)
+    if not 0 <= keep < last:
+        raise UserError(
+            f"{keep} units kept, and the student goes on from {last}", where="keep", fix=f"keep 0 to {last - 1} units"
+        )
+    cost, given = Tally(), torch.full(noise.shape[:2], -1, device=noise.device)
+    if keep:
+        kept = student.tokens_in(keep)
+        first = generate(student, codebook, condition, noise, steps=[0], split=split, tally=cost)
+        given[:, :kept] = nearest(first[:, :kept], codebook)
+    codes = sample(teacher, condition, seed=seed, given=given, until=last, tally=cost, **sampling)
+    start = F.embedding(codes, codebook)
+    found = generate(student, codebook, condition, noise, steps=[last], split=split, start=start, tally=cost)
+    if tally is not None:
+        tally.add(cost.calls, cost.evaluations)
+    return found
