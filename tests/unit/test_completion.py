@@ -32,7 +32,10 @@ def complete(line):
         ("tokar train tokenizer foo=1 optim.l", ["optim.lr="]),
         ("tokar config show tok", ["tokenizer"]),
         ("tokar config check tokenizer discriminator_opt", ["discriminator_optim."]),
-        ("tokar sweep ", ["best", "classifier", "dd2", "diffusion", "distill", "generator", "report", "status", "tokenizer", "work"]),
+        (
+            "tokar sweep ",
+            ["best", "classifier", "dd2", "diffusion", "distill", "generator", "report", "status", "tokenizer", "work"],
+        ),
         ("tokar sweep st", ["status"]),
         ("tokar sweep classifier sweep.cou", ["sweep.count="]),
         ("tokar sweep classifier sweep=", ["sweep=grid", "sweep=random", "sweep=tpe"]),

@@ -1,3 +1,4 @@
+import contextlib
 import re
 from functools import partial
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from tokar.conf.spine import Loop as LoopConfig
 from tokar.train.checkpoint import Checkpoints
 from tokar.train.clock import Clock
 from tokar.train.guard import Diverged, Guard
-from tokar.train.logging import Meters, Stopwatch
+from tokar.train.logging import Meters
 from tokar.train.loop import Fit
 from tokar.train.network import Update
 
@@ -66,9 +67,10 @@ def guarded(make_network, workers, tmp_path):
             loop=LoopConfig(duration=clock.total, batch_size=8, log_every=1000, save_every=2),
             records=records, said=said, saved=[], checkpoints=Checkpoints(tmp_path / "checkpoints", workers),
             metrics=SimpleNamespace(write=lambda clock, values: records.append((clock.step, values)), sync=lambda: None),
+            telemetry=SimpleNamespace(outside=contextlib.nullcontext),
             progress=SimpleNamespace(say=said.append, update=lambda clock, note: None),
         )  # fmt: skip
-        fit._log = fit._evaluate = fit._draw = lambda *watch: ""
+        fit._log = fit._evaluate = fit._draw = lambda: ""
         fit._tell, fit._go_back = partial(Fit._tell, fit), partial(Fit._go_back, fit)
 
         def save():
@@ -84,7 +86,7 @@ def guarded(make_network, workers, tmp_path):
             veto = guard.judge(loss, stop=False)
             guard.conclude(fit.clock.advanced(), {"net": Update(loss, veto)})
             fit.clock = fit.clock.advanced()
-            Fit._boundary(fit, Stopwatch())
+            Fit._boundary(fit)
         return fit
 
     return make

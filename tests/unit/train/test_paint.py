@@ -34,7 +34,7 @@ def opened(kind: str) -> OpenedGenerator:
         generator.bind(tokenizer)
     for parameter in generator.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    return OpenedGenerator(generator.eval(), tokenizer, {})
+    return OpenedGenerator(generator.eval(), tokenizer, {}, {})
 
 
 def config_of(*overrides: str) -> object:

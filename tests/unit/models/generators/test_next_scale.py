@@ -18,7 +18,7 @@ from tokar.models.generators.orders import scales
 from tokar.models.generators.plan import visible
 from tokar.models.generators.static_step import static_step
 from tokar.models.samplers.decode import sample
-from tokar.train.ema import Ema
+from tokar.train.pieces import whole_pieces
 from torch import Tensor
 
 VOCAB, CLASSES, GRIDS, TOKENS = 16, 5, ((1, 1), (2, 2), (4, 4)), 21
@@ -275,8 +275,7 @@ def test_a_copy_shares_the_tokenizer_and_holds_none_of_it() -> None:
     assert twin.tokenizer is TOKENIZER
     assert twin.head.weight is not GENERATOR.head.weight
     assert torch.equal(twin.logits(codes_of(1), torch.tensor([0])), GENERATOR.logits(codes_of(1), torch.tensor([0])))
-    config = compose("generator", ["loop.duration=1", "codes.tokenizer=runs/some"]).typed.ema
-    assert len(Ema(GENERATOR, config).shadow) == len(names)
+    assert {piece.name for piece in whole_pieces(GENERATOR)} == names
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused() -> None:
