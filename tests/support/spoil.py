@@ -123,9 +123,9 @@ def later_format(checkpoint: str) -> Spoiler:
 
     def spoil() -> None:
         edit(f"{checkpoint}/state.json", format=99)()
-        state, marker = Path(checkpoint, "state.json").read_bytes(), Path(checkpoint, "COMPLETE")
+        state = Path(checkpoint, "state.json").read_bytes()
         facts = {"bytes": len(state), "sha256": hashlib.sha256(state).hexdigest()}
-        marker.write_text(json.dumps(json.loads(marker.read_text()) | {"state.json": facts}))
+        edit(f"{checkpoint}/COMPLETE", **{"state.json": facts})()
 
     return spoil
 
