@@ -10,6 +10,7 @@ if ! command -v chromium >/dev/null && ! command -v chromium-browser >/dev/null 
     apt_install chromium || say "no chromium: the test that opens the report in a browser is skipped"
 fi
 
-# One thread for each worker: more only wait for one another.
+# One thread for each worker: more only wait for one another. nproc would take that number for the number of cores.
+workers="$(env -u OMP_NUM_THREADS nproc)"
 export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest -n "$(nproc)" --dist=loadfile "$@"
+exec .venv/bin/python -m pytest -n "$workers" --dist=loadfile "$@"
