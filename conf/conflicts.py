@@ -60,6 +60,8 @@ def _strategy_conflicts(strategy: Any) -> Iterator[str]:
         yield f"strategy.name: single uses one device, not {ranks}; set strategy=ddp"
     if strategy.precision == "fp16" and cpu:
         yield "strategy.precision: fp16 needs a GPU; set strategy.precision=bf16 or fp32"
+    if strategy.precision == "fp8" and cpu:
+        yield "strategy.precision: fp8 needs a GPU of compute capability 8.9 or more; set strategy.precision=bf16"
     if sharded and strategy.channels_last:
         yield f"strategy.channels_last: flat shards of {name} have no memory format; set it to false, or strategy=ddp"
     if strategy.offload != "none" and name not in ("zero2", "zero3"):

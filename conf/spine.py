@@ -122,8 +122,10 @@ class Strategy(Node):
     devices: PositiveInt = Field(1, description="on each node")
     nodes: PositiveInt = Field(1, description="machines")
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="of products and convolutions; weights stay in fp32; fp16 scales the loss"
+    precision: Literal["fp32", "bf16", "fp16", "fp8"] = Field(
+        "fp32",
+        description="of products and convolutions; weights stay in fp32; fp16 scales the loss; fp8: linear layers, by "
+        "torchao, the rest in bf16",
     )
     compile: bool = Field(False, description="torch.compile each repeated unit of a network")
     recompute: Literal["none", "selective", "full"] = Field(

@@ -50,7 +50,8 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
 
 LATE = Clock(10**9, 0, 2 * 10**9, 1, 10**6)
 """Past every start step."""
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+"""What products and convolutions compute in under autocast, by `strategy.precision`."""
 
 
 @dataclass(frozen=True)

@@ -23,15 +23,15 @@ from ..errors import UserError
 from ..models.build import pick_device
 from ..models.generators.base import Generator
 from ..models.kernels import choose
+from .cost import AUTOCAST
 from .engines import make_engine
+from .float8 import check_float8, to_float8
 from .network import Network, Trainable
 from .pieces import take_stock
 from .rendezvous import environment
 from .scaler import LossScaler
 from .units import compile_units, recompute
 from .watch import Watch
-
-_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Precise(nn.Module):
@@ -87,6 +87,8 @@ class Workers:
             num_nodes=config.nodes,
         )
         self.watch = Watch(self.fabric)
+        if config.precision == "fp8":
+            check_float8(self.fabric.device)
         if self.fabric.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
 
@@ -128,11 +130,13 @@ class Workers:
         inventory = take_stock(module)
         if config.channels_last:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.precision == "fp8":
+            to_float8(module)
         if config.recompute != "none":
             recompute(module, config.recompute)
         if config.compile:
             compile_units(module)
-        half = _HALF.get(config.precision)
+        half = AUTOCAST.get(config.precision)
         wrapped = module if half is None else Precise(module, self.device.type, half)
         engine = make_engine(module, wrapped, item.optim, config, item.twice)
         scaler = LossScaler(self.device) if half == torch.float16 else None
