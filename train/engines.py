@@ -71,6 +71,12 @@ class Engine(ABC):
             for piece in pieces:
                 piece.write(self.masters[piece.master].detach(), moved[piece.start : piece.start + piece.count])
 
+    def moved(self) -> list[Piece]:
+        """This rank's pieces of the parameters that a forward moves (a part's `moving`)."""
+        parts = self.module.named_modules()
+        names = {f"{prefix}.{name}".lstrip(".") for prefix, part in parts for name in getattr(part, "moving", ())}
+        return [piece for piece in self.pieces if piece.name in names]
+
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
         """Around forward and backward of one micro-batch; ranks need to agree on gradients in the last one only."""

@@ -114,13 +114,16 @@ class Guard:
         self.state = torch.zeros(4, dtype=torch.float64, device=workers.device)
         """Good steps so far, mean and variance of their loss, bad steps in a row."""
         self.rollbacks, self.place = 0, 0
-        self._places = {name: _moving(network.module) for name, network in networks.items()}
+        self._networks = dict(networks)
+        self._places = {name: _statistics(network.module) for name, network in networks.items()}
         self._before: dict[str, list[Tensor]] = {}
         self._unread: deque[_Unread] = deque()
 
     def begin(self) -> None:
         """Remember what forwards change, before a step's first one."""
-        self._before = {name: [value.clone() for value in _values(places)] for name, places in self._places.items()}
+        self._before = {name: [getattr(*place).clone() for place in places] for name, places in self._places.items()}
+        for network in self._networks.values():
+            network.remember()
 
     @torch.no_grad()
     def judge(self, loss: Tensor, *, stop: bool) -> Tensor:
@@ -149,7 +152,8 @@ class Guard:
         """
         skipped = {name: self._veto | result.skipped.bool() for name, result in results.items() if result is not None}
         for name, flag in skipped.items():
-            for value, before in zip(_values(self._places[name]), self._before[name], strict=True):
+            for place, before in zip(self._places[name], self._before[name], strict=True):
+                value = getattr(*place)
                 value.copy_(torch.where(flag, before, value))
         flags = torch.stack([skipped.get(name, torch.zeros_like(self._veto)) for name in self._places])
         bad = self._veto | flags.any()
@@ -219,16 +223,10 @@ class Guard:
             self.rollbacks, self.place = facts["rollbacks"], facts["place"]
 
 
-def _moving(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Where lies what a forward may change: buffers that a checkpoint holds (the others are constants), moved parameters."""
+def _statistics(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where lies what a forward may change beside parameters: buffers that a checkpoint holds; the others are constants."""
     found = []
     for part in module.modules():
         buffers = [name for name, value in part._buffers.items() if value is not None]
         found += [(part, name) for name in buffers if name not in part._non_persistent_buffers_set]
-        found += [(part, name) for name in getattr(part, "moving", ()) if name in part._parameters]
     return found
-
-
-def _values(places: list[tuple[nn.Module, str]]) -> list[Tensor]:
-    values = [getattr(part, name).detach() for part, name in places]
-    return [value.to_local() if hasattr(value, "to_local") else value for value in values]  # this rank's rows under FSDP2

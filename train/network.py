@@ -83,6 +83,7 @@ class Network:
         self.weight = 1.0
         """Of this micro-batch in the mean over the batch, times the number of ranks, which average."""
         self._pending, self._update = False, Update(torch.empty(0), torch.empty(0))
+        self._moved, self._before = engine.moved(), list[Tensor]()
 
     def __call__(self, *inputs: Any) -> Any:
         """Forward through the engine: arithmetic in the run's precision, gradients in step over ranks."""
@@ -92,6 +93,10 @@ class Network:
         """What is in the module's state beside trained parameters: buffers, frozen weights."""
         known = {name for names in self.inventory.names.values() for name in names}
         return {name: value for name, value in self.module.state_dict().items() if name not in known}
+
+    def remember(self) -> None:
+        """Keep what a forward moves, before a step's first one: an update that is left out puts it back; without this, not."""
+        self._before = [piece.read(self.engine.masters[piece.master]) for piece in self._moved]
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss` (a mean over this rank's micro-batch) to the step's."""
@@ -134,6 +139,9 @@ class Network:
             skipped = skipped & ~(bad & self.scaler.answers().to(bad.device))
             self.scaler.update(bad)
         self._update = Update(norm, skipped.float())
+        for piece, before in zip(self._moved, self._before, strict=False):
+            master = self.engine.masters[piece.master]
+            piece.write(master, torch.where(skipped.to(master.device), before, piece.read(master)))
 
     def _norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """Of the gradient, unscaled, over all shards."""

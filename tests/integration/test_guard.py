@@ -92,22 +92,36 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in kept if path.is_file()}
 
 
+def were_left_behind(command):
+    """The poisoned batches and the spike of `FAULTS`, on both ranks."""
+    told = [(line["event"], line["step"], line["samples"]) for line in events(command.folder)]
+    assert told == [("skip", 12, 96), ("skip", 13, 104), ("skip", 14, 112), ("rollback", 14, 112), ("skip", 17, 168)]
+    assert "run: step 14: 3 steps in a row went wrong; back to step 10, with the data that follow" in command.said()
+    assert "spreads above its mean" in events(command.folder)[-1]["reason"]
+    for rank in (0, 1):
+        weights = [line.split()[1] for line in (command.folder / f"weights-{rank}.txt").read_text().splitlines()]
+        assert weights[11] == weights[12] == weights[13]  # before the steps with poisoned batches
+        assert weights[14] == weights[10]  # back
+        assert weights[20] == weights[21] != weights[22]  # the spike, into which the codebook had been moved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
+def test_bad_batches_are_left_behind_in_shards(strategy, digits, tmp_path):
+    command = Pair(tmp_path, FAULTS, *TOKENIZER, f"strategy={strategy}", "strategy.devices=2", f"data.path={digits}")
+    assert command.wait() == 0, command.said()
+    were_left_behind(command)
+
+
 @pytest.mark.slow
 def test_bad_batches_are_left_behind_also_when_ranks_are_killed_meanwhile(digits, tmp_path):
     arguments = [*TOKENIZER, f"data.path={digits}"]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     command = Pair(straight, FAULTS, *arguments)
     assert command.wait() == 0, command.said()
-    told = [(line["event"], line["step"], line["samples"]) for line in events(straight)]
-    assert told == [("skip", 12, 96), ("skip", 13, 104), ("skip", 14, 112), ("rollback", 14, 112), ("skip", 17, 168)]
-    assert "run: step 14: 3 steps in a row went wrong; back to step 10, with the data that follow" in command.said()
-    assert "spreads above its mean" in events(straight)[-1]["reason"]
-    ranks = [(straight / f"weights-{rank}.txt").read_text().splitlines() for rank in (0, 1)]
+    were_left_behind(command)
+    ranks = [(straight / f"weights-{rank}.txt").read_text() for rank in (0, 1)]
     assert ranks[0] == ranks[1]
-    weights = [line.split()[1] for line in ranks[0]]
-    assert weights[11] == weights[12] == weights[13]  # before the steps with poisoned batches
-    assert weights[14] == weights[10]  # back
-    assert weights[20] == weights[21] != weights[22]  # the spike, into which the codebook had been moved
 
     moments = random.Random(0)
     command = Pair(killed, FAULTS, *arguments)

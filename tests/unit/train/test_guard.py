@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tokar.conf.spine import Guard as GuardConfig
+from tokar.conf.spine import Optim
 from tokar.models.tokenizers.quantizers.vq import VectorQuantizer
 from tokar.train.clock import Clock
 from tokar.train.guard import FLOOR, HORIZON, Guard
-from tokar.train.network import Update
+from tokar.train.network import Trainable, Update
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -126,18 +127,22 @@ def test_ways_back_count_until_a_good_step_beyond_the_place(make_guard):
 def test_a_codebook_that_a_forward_moved_is_put_back_when_the_step_is_left_out(workers, loss):
     quantizer = VectorQuantizer(16, 4, restart_after=1)
     quantizer.steps_unused.fill_(1)
-    guard = Guard(GuardConfig(), {"net": SimpleNamespace(module=quantizer)}, workers)
-    before = quantizer.codebook.detach().clone()
+    network = workers.wrap({"net": Trainable(quantizer, {}, Optim(lr=1e-2))}, None)["net"]
+    guard = Guard(GuardConfig(), {"net": network}, workers)
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
     guard.begin()
-    quantizer(torch.randn(2, 4, 3, 3))
-    assert not torch.equal(quantizer.codebook, before)
-    guard.conclude(at(1), {"net": Update(torch.tensor(1.0), guard.judge(torch.tensor(loss), stop=False))})
-    assert torch.equal(quantizer.codebook, before) == math.isnan(loss)
+    found = network(torch.randn(2, 4, 3, 3))
+    assert not torch.equal(quantizer.codebook, before["codebook"])
+    network.backward(found.losses["codebook"])
+    update = network.step(1.0, veto=guard.judge(torch.tensor(loss), stop=False))
+    guard.conclude(at(1), {"net": update})
+    same = [torch.equal(value, before[name]) for name, value in quantizer.state_dict().items()]
+    assert all(same) if math.isnan(loss) else not any(same)
 
 
 def test_deciding_reads_no_value_from_the_device(workers):
     with FakeTensorMode():  # tensors without values: whatever asks for one fails
-        guard = Guard(GuardConfig(spike=3.0), {"net": SimpleNamespace(module=nn.BatchNorm1d(4))}, workers)
+        guard = Guard(GuardConfig(spike=3.0), {"net": SimpleNamespace(module=nn.BatchNorm1d(4), remember=lambda: None)}, workers)
         for step in (1, 2):
             guard.begin()
             veto = guard.judge(torch.ones(()), stop=True)
