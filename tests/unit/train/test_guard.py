@@ -142,7 +142,8 @@ def test_a_codebook_that_a_forward_moved_is_put_back_when_the_step_is_left_out(w
 
 def test_deciding_reads_no_value_from_the_device(workers):
     with FakeTensorMode():  # tensors without values: whatever asks for one fails
-        guard = Guard(GuardConfig(spike=3.0), {"net": SimpleNamespace(module=nn.BatchNorm1d(4), remember=lambda: None)}, workers)
+        network = SimpleNamespace(module=nn.BatchNorm1d(4), remember=lambda: None)
+        guard = Guard(GuardConfig(spike=3.0), {"net": network}, workers)
         for step in (1, 2):
             guard.begin()
             veto = guard.judge(torch.ones(()), stop=True)
