@@ -97,7 +97,7 @@ class Sample(Node):
     scale: PositiveInt = Field(2, description="enlargement of the grid's pictures")
     ema: bool = Field(True, description="averaged weights where there are some")
     sampling: Sampling
-    student: StudentSampling = Field(StudentSampling(), description="of a one-step student, which reads no sampling")
+    student: StudentSampling = Field(StudentSampling(), description="of what was distilled; sampling is then its teacher's")
     strategy: Strategy
 
 
@@ -170,7 +170,7 @@ class Evaluate(Node):
     ema: bool = Field(True, description="averaged weights where there are some")
     lpips_weights: Text | None = Field(None, description="file with VGG16 and linear-head weights; null leaves LPIPS out")
     sampling: Sampling | None = Field(None, description="null: as the run samples")
-    student: StudentSampling = Field(StudentSampling(), description="of a one-step student, which reads no sampling")
+    student: StudentSampling = Field(StudentSampling(), description="of what was distilled; sampling is then its teacher's")
     strategy: Strategy
     out: Text | None = Field(None, description="null: the evaluation folder of the run")
 

@@ -103,12 +103,23 @@ class Sampling(Node):
 
 
 class StudentSampling(Node):
-    """How a one-step student is asked."""
+    """How a network that was distilled from a generator is asked; each kind knows some of these and refuses the others."""
 
     steps: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = Field(
-        None, description="finished units at which its passes begin: [0] is one step; null: all that it was trained for"
+        None, description="DD1: finished units at which its passes begin: [0] is one step; null: all that it was trained for"
     )
-    split: NonNegativeInt | None = Field(None, description="tokens of the first so many units become codes; null: as trained")
+    split: NonNegativeInt | None = Field(
+        None,
+        description="tokens of the first so many units become codes, others stay vectors; null: as trained (DD1), all (DD2)",
+    )
+    teacher: Text | None = Field(None, description="generator that helps, drawing as sampling says; for keep or redraw")
+    keep: NonNegativeInt | None = Field(
+        None, description="DD1: units that stay of the first pass; the teacher draws from there to the last step's beginning"
+    )
+    redraw: PositiveInt | None = Field(None, description="DD2: last units that the teacher draws anew, one step each")
+    euler: Varying | None = Field(
+        None, description="diffusion model: Euler steps of each token, also 'ramp:5,first=50' (DiSA); null: 10"
+    )
 
 
 class GeneratorRun(Spine):

@@ -21,14 +21,15 @@ from ..data.stream import to_image
 from ..errors import UserError
 from ..models.build import load_model, locate_model, pick_device, weights_hash
 from ..models.classifier import Classifier
-from ..models.distill.student import Student
+from ..models.distill.distilled import Distilled
 from ..models.generators.base import Generator
-from ..models.open import OpenedGenerator, open_generator, open_student
+from ..models.open import OpenedGenerator, open_distilled, open_generator
 from ..models.samplers.decode import Tally
 from ..models.tokenizers.base import Tokenizer
 from ..models.tokenizers.losses import LPIPS
 from .console import say, table
 from .crops import LOOKED_AT, evaluate_crops
+from .distilled import ask_of, draw_vectors
 from .features import ClassifierFeatures, FeatureNet, features_place, load_features
 from .generation import evaluate_generation, gaussian_of
 from .images import count_samples, load_samples
@@ -39,7 +40,7 @@ from .probe_features import generator_features, token_features
 from .protocol import Result, content_id
 from .reconstruction import evaluate_tokenizer
 from .reference import captions_of, reference_batches
-from .samples import Texts, class_ids, decode_batches, draw_codes, draw_vectors, text_encoder, with_texts
+from .samples import Texts, class_ids, decode_batches, draw_codes, text_encoder, with_texts
 
 
 def evaluate(composed: Composed) -> int:
@@ -116,8 +117,8 @@ class Task:
                 return self._likelihood(subject)
             case Generator():
                 return self._samples(subject)
-            case Student():
-                return self._student_samples(subject)
+            case Distilled():
+                return self._distilled_samples(subject)
             case Classifier():
                 return self._classification(model, subject)
         raise UserError(
@@ -200,7 +201,7 @@ class Task:
     def _samples(self, subject: dict[str, Any]) -> Result:
         opened = self._opened_generator()
         generator, tokenizer = opened.generator, opened.tokenizer
-        sampling = Sampling.model_validate({**self._run_config.get("sampling", {}), **self.sampling}).model_dump()
+        sampling = self._sampling.model_dump()
         opened.check_guidance(sampling["guidance"])
         count = self.config.count or reference_batches(self._data, self._reference_split, 1, None)[1]
         conditions, tally = self._conditions(opened, count), Tally()
@@ -212,7 +213,7 @@ class Task:
             )  # fmt: skip
             images = decode_batches(tokenizer, codes)
             result = self._generation(images, count, {**subject, "seed": self.config.seed, "sampling": sampling})
-        return replace(result, numbers={**result.numbers, "network_calls": tally.calls_per_image})
+        return replace(result, numbers={**result.numbers, **tally.per_image})
 
     def _conditions(self, opened: OpenedGenerator, count: int) -> Tensor | Texts:
         """Classes in turn, or the captions of the reference."""
@@ -223,21 +224,28 @@ class Task:
     def _texts(self, opened: OpenedGenerator, split: str, count: int) -> Texts:
         return Texts(text_encoder(opened, self.config.text_encoder, self.device), captions_of(self._data, split, count))
 
-    def _student_samples(self, subject: dict[str, Any]) -> Result:
+    def _distilled_samples(self, subject: dict[str, Any]) -> Result:
         place = Path(self.config.decode_with) if self.config.decode_with else None
-        opened = open_student(self.target, tokenizer=place, ema=self.config.ema)
-        opened.student.to(self.device)
+        opened = open_distilled(self.target, tokenizer=place, ema=self.config.ema)
+        opened.model.to(self.device)
         opened.tokenizer.to(self.device)
+        student, sampling = self.config.student, self._sampling
+        ask = ask_of(student, opened, sampling, seed=self.config.seed, tokenizer=place)
         count = self.config.count or reference_batches(self._data, self._reference_split, 1, None)[1]
-        asked, tally = self.config.student.model_dump(), Tally()
+        asked, tally = student.model_dump() | ({"sampling": sampling.model_dump()} if ask.teacher else {}), Tally()
         with progress_bar(None, count, "sampling") as advance:
             vectors = draw_vectors(
-                opened, class_ids(count, None, opened.student.num_classes), seed=self.config.seed, **asked,
+                opened, class_ids(count, None, opened.model.num_classes), ask, seed=self.config.seed,
                 batch_size=self.config.batch_size, on_batch=advance, tally=tally,
             )  # fmt: skip
             images = decode_batches(opened.tokenizer, vectors)
             result = self._generation(images, count, {**subject, "seed": self.config.seed, "student": asked})
-        return replace(result, numbers={**result.numbers, "network_calls": tally.calls_per_image})
+        return replace(result, numbers={**result.numbers, **tally.per_image})
+
+    @property
+    def _sampling(self) -> Sampling:
+        """As the run samples, but for what is asked otherwise."""
+        return Sampling.model_validate({**self._run_config.get("sampling", {}), **self.sampling})
 
     def _generation(self, images: Iterable[Mapping[str, Tensor]], count: int, subject: dict[str, Any]) -> Result:
         """Fréchet distance to the reference split, and class accuracy where a classifier judges."""

@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.pairs import pair_noise
 from ..data.stream import to_uint8
 from ..errors import UserError
-from ..models.distill.codebook import codebook_of, decode_vectors, nearest
-from ..models.distill.dd1 import generate
+from ..models.distill.codebook import decode_vectors
 from ..models.generators.base import Generator
-from ..models.open import OpenedGenerator, OpenedStudent
+from ..models.open import OpenedGenerator
 from ..models.samplers.decode import Tally, sample
 from ..models.text import TextEncoder
 from ..models.tokenizers.base import Tokenizer
@@ -104,44 +102,6 @@ def draw_codes(
         if on_batch is not None:
             on_batch(len(part))
         yield {"codes": codes.cpu(), **({"label": part} if part.ndim == 1 else {})}
-
-
-@torch.inference_mode()
-def draw_vectors(
-    opened: OpenedStudent,
-    labels: Tensor,
-    *,
-    seed: int,
-    steps: Sequence[int] | None,
-    split: int | None,
-    batch_size: int,
-    on_batch: Callable[[int], None] | None = None,
-    tally: Tally | None = None,
-) -> Iterator[dict[str, Tensor]]:
-    """What a one-step student makes of `labels [N]`: `vectors [B, T, D]`, their nearest `codes [B, T]`, `label`, on the CPU.
-
-    Sample i depends on (seed, i) and its class alone; the noise is that of pair i of the same seed.
-
-    Args:
-        opened: student and tokenizer, on one device.
-        labels: `[N]`.
-        seed: of the noise.
-        steps: see `models.distill.dd1.generate`.
-        split: see there.
-        batch_size: samples at once.
-        on_batch: told the number of samples after each batch.
-        tally: is told what it cost.
-    """
-    device, student = next(opened.student.parameters()).device, opened.student
-    codebook = codebook_of(opened.tokenizer)
-    for start in range(0, len(labels), batch_size):
-        part = labels[start : start + batch_size]
-        numbers = pair_noise(seed, range(start, start + len(part)), opened.tokenizer.layout.to_dict())
-        noise = torch.from_numpy(numbers).to(device)
-        vectors = generate(student, codebook, part.to(device), noise, steps=steps, split=split, tally=tally)
-        if on_batch is not None:
-            on_batch(len(part))
-        yield {"vectors": vectors.cpu(), "codes": nearest(vectors, codebook).cpu(), "label": part}
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import UserError
 from .build import load_model, locate_model, model_facts, model_node, resolve_target, weights_hash
-from .distill.student import Student
+from .distill.distilled import Distilled
 from .generators.base import Generator
 from .samplers.guidance import Varying, check_guidance
 from .tokenizers.base import Tokenizer
@@ -73,21 +73,22 @@ def open_generator(path: Path, *, tokenizer: Path | None = None, ema: bool = Tru
 
 
 @dataclass(frozen=True)
-class OpenedStudent:
-    """A one-step student, and the tokenizer whose codes it speaks."""
+class OpenedDistilled:
+    """A network distilled from a generator, the tokenizer whose codes it speaks, and what lies beside the weights."""
 
-    student: Student
+    model: Distilled
     tokenizer: Tokenizer
+    facts: dict[str, Any]
 
 
-def holds_student(path: Path) -> bool:
-    """Whether `path` (see `locate_model`) holds a one-step student."""
+def holds_distilled(path: Path) -> bool:
+    """Whether `path` (see `locate_model`) holds a network distilled from a generator."""
     target = resolve_target(str(model_node(locate_model(path))["_target_"]))
-    return isinstance(target, type) and issubclass(target, Student)
+    return isinstance(target, type) and issubclass(target, Distilled)
 
 
-def open_student(path: Path, *, tokenizer: Path | None = None, ema: bool = True) -> OpenedStudent:
-    """The one-step student of a run, a checkpoint or an exported model, in eval mode.
+def open_distilled(path: Path, *, tokenizer: Path | None = None, ema: bool = True) -> OpenedDistilled:
+    """The one-step student, one-step generator or diffusion model of a run, a checkpoint or an exported model, in eval mode.
 
     Args:
         path: where it lies.
@@ -95,13 +96,16 @@ def open_student(path: Path, *, tokenizer: Path | None = None, ema: bool = True)
         ema: prefer averaged weights.
 
     Raises:
-        UserError: no student there, its tokenizer is gone, or is another one.
+        UserError: nothing distilled there, its tokenizer is gone, or is another one.
     """
     folder = locate_model(path)
-    student = load_model(folder, ema=ema)
-    if not isinstance(student, Student):
-        raise UserError(f"holds a {type(student).__name__}, not a one-step student", where=path, fix="point at a distill run")
-    return OpenedStudent(student, _its_tokenizer(path, model_facts(folder), tokenizer))
+    model = load_model(folder, ema=ema)
+    if not isinstance(model, Distilled):
+        raise UserError(f"holds a {type(model).__name__}, not what was distilled", where=path, fix="point at a distill run")
+    facts = model_facts(folder)
+    opened = _its_tokenizer(path, facts, tokenizer)
+    model.bind(opened)
+    return OpenedDistilled(model, opened, facts)
 
 
 def _its_tokenizer(path: Path, facts: dict[str, Any], given: Path | None) -> Tokenizer:

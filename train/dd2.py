@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from ..conf.duration import Duration
 from ..conf.stages import DD2Run, DiffusionRun
 from ..data.stream import to_uint8
+from ..errors import UserError
 from ..models.build import build, load_model, locate_model, model_node, weights_hash
 from ..models.distill import dd2
 from ..models.distill.adapt import VectorEmbedding, fit_embedding
 from ..models.distill.ar_diffusion import ARDiffusion
 from ..models.distill.codebook import codebook_of, decode_vectors, nearest
 from ..models.distill.flow_map import TokenMap
+from ..models.distill.one_step import OneStepGenerator
 from ..models.distill.trajectory import distributions, follow
 from ..models.generators.next_token import NextToken
 from ..models.open import OpenedGenerator
@@ -75,7 +77,7 @@ class DiffusionStage:
         node = diffusion_node(opened.node, opened.generator, codebook.shape[1], config)
         self.model: ARDiffusion = build(node)
         self._begin(opened.generator, codebook)
-        self.model.backbone.bind(opened.tokenizer)
+        self.model.bind(opened.tokenizer)
         self.trainables = {"model": Trainable(self.model, node, config.optim, facts=self.taught.facts)}
         self.frozen = self.taught.frozen
 
@@ -130,20 +132,30 @@ class DD2Stage:
 
     def __init__(self, config: DD2Run, opened: OpenedGenerator) -> None:
         self.config, self.taught = config, _Taught(config, opened)
-        generator = locate_model(Path(config.align or config.diffusion))
-        fake = locate_model(Path(config.align), "fake") if config.align else generator
-        self.generator, self.fake = (self._read(folder, opened) for folder in (generator, fake))
-        node, facts = model_node(generator), self.taught.facts
+        begun = locate_model(Path(config.align or config.diffusion))
+        follows = locate_model(Path(config.align), "fake") if config.align else begun
+        self.generator, node = self._read(begun, OneStepGenerator, opened)
+        self.fake, fake_node = self._read(follows, ARDiffusion, opened)
         self.trainables = {
-            "generator": Trainable(self.generator, node, config.optim, facts=facts),
-            "fake": Trainable(self.fake, node, config.fake_optim, ema=False),
+            "generator": Trainable(self.generator, node, config.optim, facts=self.taught.facts),
+            "fake": Trainable(self.fake, fake_node, config.fake_optim, ema=False),
         }
         self.frozen = self.taught.frozen
 
-    def _read(self, folder: Path, opened: OpenedGenerator) -> ARDiffusion:
-        model: Any = load_model(folder)
-        model.backbone.bind(opened.tokenizer)
-        return model.train()
+    def _read(self, folder: Path, role: type[ARDiffusion], opened: OpenedGenerator) -> tuple[ARDiffusion, dict[str, Any]]:
+        """A network in its role with the weights of a folder, and its node."""
+        weights = load_model(folder)
+        if not isinstance(weights, ARDiffusion):
+            raise UserError(
+                f"holds a {type(weights).__name__}, not a diffusion model",
+                where=folder,
+                fix="point at a run of train diffusion",
+            )
+        node = {**model_node(folder), "_target_": f"{role.__module__}.{role.__name__}"}
+        model: ARDiffusion = build(node)
+        model.load_state_dict(weights.state_dict())
+        model.bind(opened.tokenizer)
+        return model.train(), node
 
     def step(self, batch: Batch, clock: Clock, networks: Networks) -> dict[str, Tensor]:
         """One micro-batch: of the fake score network, and when its turn has come of the generator."""

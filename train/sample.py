@@ -16,10 +16,11 @@ from ..data.files import check_place, os_errors, whole_file
 from ..data.progress import progress_bar
 from ..errors import UserError
 from ..evaluate.console import say
+from ..evaluate.distilled import ask_of, draw_vectors
 from ..evaluate.images import save_folder, save_grid, save_npz
-from ..evaluate.samples import Texts, class_ids, decode_batches, draw_codes, draw_vectors, text_encoder
+from ..evaluate.samples import Texts, class_ids, decode_batches, draw_codes, text_encoder
 from ..models.build import pick_device
-from ..models.open import OpenedGenerator, holds_student, open_generator, open_student
+from ..models.open import OpenedGenerator, holds_distilled, open_distilled, open_generator
 from ..models.samplers.decode import Tally
 from ..models.tokenizers.base import Tokenizer
 from .paint import canvas
@@ -39,13 +40,14 @@ def sample(composed: Composed) -> int:
     check_place(out)
     device = pick_device(config.strategy.accelerator)
     tally = Tally()
-    draw = _draw_student if holds_student(Path(config.model)) else _draw_generator
+    draw = _draw_distilled if holds_distilled(Path(config.model)) else _draw_generator
     with progress_bar(None, config.count, "sampling") as advance:
         tokenizer, num_classes, drawn = draw(config, device, advance, tally)
         begun = time.perf_counter()
         batches = list(drawn)  # codes are small; pictures are decoded as each file is written
-    speed = config.count / (time.perf_counter() - begun)
-    say(f"{config.count} images at {speed:.1f} a second, {tally.calls_per_image:g} network calls each")
+    speed, cost = config.count / (time.perf_counter() - begun), tally.per_image
+    calls, evaluations = f"{cost['network_calls']:g} network calls", f"{cost['evaluations']:g} evaluations"
+    say(f"{config.count} images at {speed:.1f} a second, {calls} ({evaluations}) each")
     for path in _write(config, tokenizer, num_classes, batches, out):
         say(str(path))
     return 0
@@ -57,7 +59,7 @@ Drawn = tuple[Tokenizer, int, Iterator[dict[str, Tensor]]]
 
 def _draw_generator(config: Sample, device: torch.device, advance: Callable[[int], None], tally: Tally) -> Drawn:
     if config.student != StudentSampling():
-        raise UserError("is of a one-step student, this is a generator", where="student", fix="leave it out; see sampling")
+        raise UserError("is of what was distilled, this is a generator", where="student", fix="leave it out; see sampling")
     place = Path(config.decode_with) if config.decode_with else None
     opened = open_generator(Path(config.model), tokenizer=place, ema=config.ema)
     opened.tokenizer.to(device)
@@ -70,20 +72,20 @@ def _draw_generator(config: Sample, device: torch.device, advance: Callable[[int
     return opened.tokenizer, opened.generator.num_classes, drawn
 
 
-def _draw_student(config: Sample, device: torch.device, advance: Callable[[int], None], tally: Tally) -> Drawn:
+def _draw_distilled(config: Sample, device: torch.device, advance: Callable[[int], None], tally: Tally) -> Drawn:
     for key in ("prompts", "given", "scales"):
         if getattr(config, key) is not None:
-            raise UserError("a one-step student cannot", where=key, fix="leave it out, or sample its teacher")
-    opened = open_student(
-        Path(config.model), tokenizer=Path(config.decode_with) if config.decode_with else None, ema=config.ema
-    )
-    opened.student.to(device)
+            raise UserError("what was distilled cannot", where=key, fix="leave it out, or sample its teacher")
+    place = Path(config.decode_with) if config.decode_with else None
+    opened = open_distilled(Path(config.model), tokenizer=place, ema=config.ema)
+    opened.model.to(device)
     opened.tokenizer.to(device)
     drawn = draw_vectors(
-        opened, class_ids(config.count, config.classes, opened.student.num_classes), seed=config.seed,
-        **config.student.model_dump(), batch_size=config.batch_size, on_batch=advance, tally=tally,
+        opened, class_ids(config.count, config.classes, opened.model.num_classes),
+        ask_of(config.student, opened, config.sampling, seed=config.seed, tokenizer=place), seed=config.seed,
+        batch_size=config.batch_size, on_batch=advance, tally=tally,
     )  # fmt: skip
-    return opened.tokenizer, opened.student.num_classes, drawn
+    return opened.tokenizer, opened.model.num_classes, drawn
 
 
 def _conditions(config: Sample, opened: OpenedGenerator, device: torch.device) -> Tensor | Texts:

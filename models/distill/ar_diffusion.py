@@ -7,17 +7,26 @@ Shapes: `B` batch, `N` tokens of an image, `D` code width, `C` width of the back
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...errors import UserError
 from ...ranges import PositiveInt
 from ..generators.next_token import NextToken
+from ..generators.plan import Plan
 from ..generators.planned import PlannedGenerator
 from ..layers import modulate
+from ..samplers.decode import Tally
+from ..samplers.guidance import Varying, parse_schedule
+from ..tokenizers.base import Tokenizer
 from .codebook import nearest
+from .distilled import Ask, Distilled
 
+EULER_STEPS = 10
+"""Of each token, as the paper measures these models."""
 _TIMES, _PERIOD = 256, 10_000.0  # sines and cosines of the noise level, as in DiT and MAR
 
 
@@ -70,7 +79,7 @@ class _Residual(nn.Module):
         return x + gate * self.down(F.silu(self.up(modulate(self.norm(x), scale, shift))))
 
 
-class ARDiffusion(nn.Module):
+class ARDiffusion(Distilled):
     """A teacher whose classification head is replaced by a `VelocityHead`. One form for three roles in DD2.
 
     As the autoregressive diffusion model it draws token by token; as the fake score network it says how generated tokens are
@@ -86,12 +95,16 @@ class ARDiffusion(nn.Module):
         ValueError: the teacher's inputs cannot be vectors.
     """
 
+    kind: ClassVar[str] = "an autoregressive diffusion model"
+    knows: ClassVar[tuple[str, ...]] = ("euler",)
+
     def __init__(self, teacher: nn.Module, embed_dim: PositiveInt, width: PositiveInt = 1024, depth: PositiveInt = 3) -> None:
         super().__init__()
         reads_codes = isinstance(teacher, NextToken) and isinstance(teacher.tokens, nn.Embedding)
         if not isinstance(teacher, PlannedGenerator) or reads_codes:
             raise ValueError(f"a {type(teacher).__name__} that reads codes alone; wrap it by distill.adapt.continuous")
         self.backbone, self.embed_dim = teacher, embed_dim
+        self.plan, self.num_classes = teacher.plan, teacher.num_classes
         self.backbone.head = nn.Identity()
         self.velocity_head = VelocityHead(embed_dim, teacher.transformer.config.dim, width, depth)
 
@@ -118,22 +131,51 @@ class ARDiffusion(nn.Module):
         start = torch.ones(noise.shape[:-1], device=noise.device)
         return self.mean(self.features(noise, condition), noise, start)
 
+    def bind(self, tokenizer: Tokenizer) -> None:
+        """See `Distilled.bind`: a next-scale backbone accumulates scales as its tokenizer does."""
+        self.backbone.bind(tokenizer)
+
+    def _draw(self, noise: Tensor, condition: Tensor, codebook: Tensor, ask: Ask, ids: Tensor, cost: Tally) -> Tensor:
+        euler = EULER_STEPS if ask.euler is None else ask.euler
+        return F.embedding(self.sample(noise, condition, codebook, euler, cost), codebook)
+
     @torch.no_grad()
-    def sample(self, noise: Tensor, condition: Tensor, codebook: Tensor, steps: int = 10) -> Tensor:
+    def sample(
+        self, noise: Tensor, condition: Tensor, codebook: Tensor, steps: Varying = EULER_STEPS, tally: Tally | None = None
+    ) -> Tensor:
         """Codes `[B, N]` drawn unit by unit with a cache, each token by Euler's steps from its noise to the nearest code.
 
         Args:
             noise: `[B, N, D]`.
             condition: `[B]`.
             codebook: `[V, D]`.
-            steps: of each token.
+            steps: of each token, rounded down, a number or a schedule: late tokens are known well by those before, and need
+                fewer (DiSA: `ramp:5,first=50`).
+            tally: is told what it cost.
+
+        Raises:
+            UserError: less than one step.
         """
-        plan = self.backbone.plan
-        state = self.backbone.begin(condition)
-        for unit in range(plan.n_units):
+        plan, state = self.plan, self.backbone.begin(condition)
+        counts = euler_counts(steps, plan)
+        for unit, count in enumerate(counts):
             features, x = self.backbone.propose(state, unit), noise[:, plan.columns(unit)]
-            for step in range(steps, 0, -1):
-                tau = torch.full(x.shape[:-1], step / steps, device=x.device)
-                x = x - self.velocity(features, x, tau) / steps
+            for step in range(count, 0, -1):
+                tau = torch.full(x.shape[:-1], step / count, device=x.device)
+                x = x - self.velocity(features, x, tau) / count
             self.backbone.commit(state, unit, nearest(x, codebook))
+        if tally is not None:
+            tally.add(state.calls, state.calls, state.calls + sum(counts))
         return state.codes
+
+
+def euler_counts(steps: Varying, plan: Plan) -> list[int]:
+    """Euler's steps of every unit, rounded down.
+
+    Raises:
+        UserError: less than one step.
+    """
+    values = parse_schedule(steps, "student.euler").over(plan)
+    if min(values) < 1:
+        raise UserError(f"{min(values):g} steps of a token", where="student.euler", fix="take one step or more")
+    return [int(value + 1e-6) for value in values]  # a schedule that means a whole number may miss it by rounding

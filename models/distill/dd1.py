@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import UserError
-from ..generators.base import Generator
 from ..samplers.decode import Tally, sample
 from .codebook import nearest
-from .student import Prediction, Student
+from .distilled import Helper
+
+if TYPE_CHECKING:
+    from .student import Prediction, Student
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 """Distance, a scalar, of the images of predicted vectors and of true ones, both `[B, N, D]`."""
@@ -137,9 +139,9 @@ def generate(
     for step in chosen:
         student.check_step(step)
     if not chosen or any(later <= before for before, later in pairwise(chosen)):
-        raise UserError(f"steps {list(chosen)} do not rise", where="steps", fix="use steps=[0], or [0, T] as it was trained")
+        raise UserError(f"steps {list(chosen)} do not rise", where="student.steps", fix="use [0], or [0, T] as it was trained")
     if start is None and chosen[0] != 0:
-        raise UserError(f"a first step from {chosen[0]} with nothing before it", where="steps", fix="begin with step 0")
+        raise UserError(f"a first step from {chosen[0]} with nothing before it", where="student.steps", fix="begin with step 0")
     x = noise if start is None else start
     for step in chosen:
         done = torch.full((len(noise),), student.tokens_in(step), device=noise.device)
@@ -153,17 +155,16 @@ def generate(
 @torch.no_grad()
 def assisted(
     student: Student,
-    teacher: Generator,
     codebook: Tensor,
     condition: Tensor,
     noise: Tensor,
     *,
+    helper: Helper,
     keep: int,
-    seed: int,
     step: int | None = None,
     split: int | None = None,
+    ids: Tensor | None = None,
     tally: Tally | None = None,
-    **sampling: Any,
 ) -> Tensor:
     """Vectors `[B, N, D]` with the teacher's help ("pre-trained-n-m"): a step, the teacher from `keep` to `step`, another step.
 
@@ -172,16 +173,15 @@ def assisted(
 
     Args:
         student: in eval mode.
-        teacher: of the same plan.
         codebook: `[V, D]`.
         condition: `[B]`.
         noise: `[B, N, D]`.
+        helper: the teacher.
         keep: units, fewer than `step`.
-        seed: of the teacher's draws.
         step: from which the student goes on; `None`: the last one that it was trained for.
         split: see `generate`.
+        ids: `[B]` numbers of the samples, for the teacher's draws; `None`: 0 to B - 1.
         tally: is told what it cost, as one batch.
-        sampling: of the teacher, see `samplers.decode.sample`.
 
     Raises:
         UserError: nothing is left for the teacher, or a step that the student was not trained for.
@@ -190,16 +190,19 @@ def assisted(
     student.check_step(last)
     if not 0 <= keep < last:
         raise UserError(
-            f"{keep} units kept, and the student goes on from {last}", where="keep", fix=f"keep 0 to {last - 1} units"
-        )
+            f"{keep} units kept, and the student goes on from {last}", where="student.keep",
+            fix=f"keep 0 to {last - 1} units" if last else "take a student that was trained for a second step",
+        )  # fmt: skip
     cost, given = Tally(), torch.full(noise.shape[:2], -1, device=noise.device)
     if keep:
         kept = student.tokens_in(keep)
         first = generate(student, codebook, condition, noise, steps=[0], split=split, tally=cost)
         given[:, :kept] = nearest(first[:, :kept], codebook)
-    codes = sample(teacher, condition, seed=seed, given=given, until=last, tally=cost, **sampling)
+    codes = sample(
+        helper.generator, condition, seed=helper.seed, sample_ids=ids, given=given, until=last, tally=cost, **helper.sampling
+    )
     start = F.embedding(codes, codebook)
     found = generate(student, codebook, condition, noise, steps=[last], split=split, start=start, tally=cost)
     if tally is not None:
-        tally.add(cost.calls, cost.evaluations)
+        tally.add(cost.calls, cost.evaluations, cost.depth)
     return found

@@ -7,7 +7,7 @@ Shapes: `M` draws of noise for each token, `B` batch, `N` tokens of an image, `D
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import UserError
-from ..generators.base import Generator
 from ..samplers.decode import Tally, sample
 from .ar_diffusion import ARDiffusion
 from .codebook import nearest
+from .distilled import Helper
 from .flow_map import Mixture
 
 Form = Literal["sid", "dmd"]
@@ -187,28 +187,29 @@ def generator_loss(
 
 
 def refine(
-    teacher: Generator, vectors: Tensor, condition: Tensor, codebook: Tensor, units: int, *, seed: int,
-    tally: Tally | None = None, **sampling: Any,
+    helper: Helper, vectors: Tensor, condition: Tensor, codebook: Tensor, units: int, *, ids: Tensor | None = None,
+    tally: Tally | None = None,
 ) -> Tensor:  # fmt: skip
     """Codes `[B, N]` of which the teacher draws the last `units` anew, given the others: each unit is one more step.
 
     Args:
-        teacher: which guides and truncates as it always does.
+        helper: the teacher.
         vectors: `[B, N, D]` of a one-step generator.
         condition: `[B]`.
         codebook: `[V, D]`.
         units: 1 to all.
-        seed: of the draws.
+        ids: `[B]` numbers of the samples, for the teacher's draws; `None`: 0 to B - 1.
         tally: is told what the teacher cost.
-        sampling: see `samplers.decode.sample`.
 
     Raises:
         UserError: fewer or more units than there are.
     """
-    plan = teacher.plan
+    plan = helper.generator.plan
     if not 1 <= units <= plan.n_units:
-        raise UserError(f"{units} of {plan.n_units} units to draw anew", where="units", fix=f"choose 1 to {plan.n_units}")
+        raise UserError(
+            f"{units} of {plan.n_units} units to draw anew", where="student.redraw", fix=f"choose 1 to {plan.n_units}"
+        )
     given = nearest(vectors, codebook)
     for unit in range(plan.n_units - units, plan.n_units):
         given[:, plan.columns(unit)] = -1
-    return sample(teacher, condition, seed=seed, given=given, tally=tally, **sampling)
+    return sample(helper.generator, condition, seed=helper.seed, sample_ids=ids, given=given, tally=tally, **helper.sampling)

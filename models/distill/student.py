@@ -6,9 +6,9 @@ Shapes: `B` batch, `N` tokens of an image, `S = 1 + N` slots (the class, then th
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from ...errors import UserError
 from ..generators.plan import Plan
 from ..generators.planned import Facts, PlannedGenerator
 from ..layers import modulate
+from ..samplers.decode import Tally
+from . import dd1
+from .distilled import Ask, Distilled
 
 NOISE, DATA = 0, 1
 """Rows of the flag embedding."""
@@ -52,7 +55,7 @@ class VectorHead(nn.Module):
         return self.out(modulate(normed, scale, shift))
 
 
-class Student(nn.Module, ABC):
+class Student(Distilled):
     """Reads a point of a trajectory at the tokens' own slots and predicts its end by two heads.
 
     A flag embedding tells noise from data. A token sees the class, the units before its own, and itself: what the map that
@@ -67,6 +70,9 @@ class Student(nn.Module, ABC):
     Raises:
         ValueError: timesteps that do not rise from 0 within the units, or a split beyond them.
     """
+
+    kind: ClassVar[str] = "a student of Distilled Decoding 1"
+    knows: ClassVar[tuple[str, ...]] = ("steps", "split", "keep")
 
     def __init__(self, teacher: PlannedGenerator, embed_dim: int, timesteps: Sequence[int], split: int) -> None:
         super().__init__()
@@ -116,6 +122,19 @@ class Student(nn.Module, ABC):
         """Tokens of the first so many units."""
         return self.plan.committed[units]
 
+    def check(self, ask: Ask) -> None:
+        """See `Distilled.check`; its steps are those that it was trained for."""
+        super().check(ask)
+        for step in ask.steps or ():
+            self.check_step(step)
+
+    def _draw(self, noise: Tensor, condition: Tensor, codebook: Tensor, ask: Ask, ids: Tensor, cost: Tally) -> Tensor:
+        given = (self, codebook, condition, noise)
+        if ask.keep is None or ask.teacher is None:
+            return dd1.generate(*given, steps=ask.steps, split=ask.split, tally=cost)
+        step = ask.steps[-1] if ask.steps else None
+        return dd1.assisted(*given, helper=ask.teacher, keep=ask.keep, step=step, split=ask.split, ids=ids, tally=cost)
+
     def check_step(self, units: int) -> None:
         """Refuse a step that begins where it never learned to begin.
 
@@ -125,7 +144,7 @@ class Student(nn.Module, ABC):
         if units not in self.timesteps:
             trained = ", ".join(map(str, self.timesteps))
             raise UserError(
-                f"a step from {units} finished units, which this student was not trained for", where="steps",
+                f"a step from {units} finished units, which this student was not trained for", where="student.steps",
                 fix=f"use steps from {trained}, or train one with timesteps=[0,{units}]",
             )  # fmt: skip
 

@@ -75,23 +75,32 @@ class Tally:
     """What sampling cost.
 
     Args:
-        calls: passes of the network over a batch, one after the other: the sequential depth.
+        calls: passes of the network over a batch.
         batches: batches drawn.
         evaluations: the same passes, those with and without the condition counted as two.
+        depth: what has to happen one after the other: passes, and those of a small head within them.
     """
 
     calls: int = 0
     batches: int = 0
     evaluations: int = 0
+    depth: int = 0
 
-    def add(self, calls: int, evaluations: int) -> None:
-        """Count one batch."""
+    def add(self, calls: int, evaluations: int, depth: int | None = None) -> None:
+        """Count one batch; its depth is its calls, where it is not said."""
         self.calls, self.evaluations, self.batches = self.calls + calls, self.evaluations + evaluations, self.batches + 1
+        self.depth += calls if depth is None else depth
 
     @property
     def calls_per_image(self) -> float:
         """Passes that an image took part in."""
         return self.calls / max(self.batches, 1)
+
+    @property
+    def per_image(self) -> dict[str, float]:
+        """What an image took, by the names of metrics."""
+        found = {"network_calls": self.calls, "evaluations": self.evaluations, "depth": self.depth}
+        return {name: count / max(self.batches, 1) for name, count in found.items()}
 
 
 def choices_for(

@@ -9,6 +9,7 @@ from tokar.models.distill import dd1, dd2
 from tokar.models.distill.adapt import continuous, fit_embedding
 from tokar.models.distill.ar_diffusion import ARDiffusion
 from tokar.models.distill.codebook import nearest
+from tokar.models.distill.distilled import Helper
 from tokar.models.distill.flow_map import TokenMap
 from tokar.models.distill.token_student import TokenStudent
 from tokar.models.distill.trajectory import follow
@@ -85,7 +86,8 @@ def test_two_steps_and_the_teachers_help_come_closer(dd1_student):
 
     one = away(dd1.generate(student, CODES, CLASS, noise, steps=[0]))
     two = away(dd1.generate(student, CODES, CLASS, noise))
-    helped = {keep: away(dd1.assisted(student, teacher, CODES, CLASS, noise, keep=keep, seed=1)) for keep in (1, 0)}
+    helper = Helper(teacher, 1, {})
+    helped = {keep: away(dd1.assisted(student, CODES, CLASS, noise, helper=helper, keep=keep)) for keep in (1, 0)}
     print(f"one {one:.3f}  two {two:.3f}  helped {helped}")
     assert max(two, *helped.values()) < one - 0.01
     assert helped[0] < 0.08

@@ -12,12 +12,13 @@ import pytest
 import torch
 from tokar.data.pairs import HELD_OUT, PairDataset, pair_noise
 from tokar.errors import UserError
-from tokar.models.build import weights_hash
+from tokar.models.build import save_model, weights_hash
+from tokar.models.classifier import Classifier
 from tokar.models.distill.codebook import codebook_of, nearest
 from tokar.models.distill.dd1 import generate
 from tokar.models.distill.flow_map import TokenMap
 from tokar.models.distill.trajectory import follow
-from tokar.models.open import open_generator, open_student
+from tokar.models.open import open_distilled, open_generator
 
 TOKENIZER = [
     "train", "tokenizer", "tokenizer.encoder.width=32", "tokenizer.encoder.multipliers=[1,1]", "tokenizer.encoder.blocks=1",
@@ -145,10 +146,10 @@ def test_a_student_is_sampled(folder, start):
     command = start(folder, *ask, "student.steps=[0]", "student.split=16", "out=drawn")
     assert command.wait() == 0, command.log.read_text()
     assert "6 images at" in command.log.read_text()
-    assert "1 network calls each" in command.log.read_text()
-    opened = open_student(folder / "whole", tokenizer=folder / "tokenizer")
+    assert "1 network calls (1 evaluations) each" in command.log.read_text()
+    opened = open_distilled(folder / "whole", tokenizer=folder / "tokenizer")
     codebook, noise = codebook_of(opened.tokenizer), pair_noise(0, range(6), opened.tokenizer.layout.to_dict())
-    vectors = generate(opened.student, codebook, torch.arange(6), torch.from_numpy(noise), steps=[0], split=16)
+    vectors = generate(opened.model, codebook, torch.arange(6), torch.from_numpy(noise), steps=[0], split=16)
     assert np.array_equal(np.load(folder / "drawn/codes.npy"), nearest(vectors, codebook))
     command = start(folder, *ask, "student.steps=[0,3]")
     assert command.wait() == 2
@@ -198,3 +199,33 @@ def test_both_networks_of_dd2_are_resumed(folder, start):
     for kept in ("metrics.jsonl", *(f"checkpoints/step-00000006/{name}.safetensors" for name in
                                     ("generator/model", "generator/ema", "fake/model"))):  # fmt: skip
         assert (cut / kept).read_bytes() == (folder / "dd2" / kept).read_bytes(), kept
+
+
+@pytest.mark.parametrize(
+    ("run", "options", "cost"),
+    [
+        ("whole", ["student.teacher=teacher", "student.keep=3"], (1 + 2 + 1, 1 + 4 + 1, 4)),
+        ("dd2", ["student.teacher=teacher", "student.redraw=2"], (1 + 2, 1 + 4, 3)),
+        ("diffusion", ["student.euler='1,3'"], (64, 64, 64 + 32 + 2 * 32)),
+    ],
+)
+def test_what_was_distilled_is_measured_and_drawn(folder, start, digits, run, options, cost):
+    """After the runs above; a teacher helps with the guidance that is asked for, in the evaluation with that of the run."""
+    torch.manual_seed(0)
+    judge = Classifier(16, 10, width=8)
+    save_model(folder / "judge", {"_target_": "tokar.models.classifier.Classifier", "image_size": 16, "num_classes": 10,
+                                  "width": 8}, judge.state_dict())  # fmt: skip
+    ask = [*options, "count=10", "strategy.accelerator=cpu", "strategy.threads=1", "batch_size=4"]
+    command = start(folder, "evaluate", run, *ask, f"data.path={digits}", "data=digits", "data.image_size=16", "split=val",
+                    "features.path=judge", f"out=measured-{run}")  # fmt: skip
+    assert command.wait() == 0, command.log.read_text()
+    (path,) = (folder / f"measured-{run}").glob("*.json")
+    numbers = json.loads(path.read_text())["numbers"]
+    assert {"fd_classifier", "class_accuracy"} <= set(numbers)
+    assert tuple(numbers[name] for name in ("network_calls", "evaluations", "depth")) == cost
+    command = start(folder, "sample", run, *ask, "save=[codes]", "sampling.guidance=2", f"out=drawn-{run}")
+    assert command.wait() == 0, command.log.read_text()
+    assert f"{cost[0]} network calls ({cost[1]} evaluations) each" in command.log.read_text()
+    command = start(folder, "sample", run, "student.split=3", "student.redraw=2", "student.keep=1", "out=refused")
+    assert command.wait() == 2
+    assert "knows no such thing" in command.log.read_text()

@@ -5,6 +5,7 @@ import torch
 from tokar.errors import UserError
 from tokar.models.distill import dd1
 from tokar.models.distill.codebook import nearest
+from tokar.models.distill.distilled import Helper
 from tokar.models.distill.scale_student import ScaleStudent
 from tokar.models.distill.student import Prediction
 from tokar.models.distill.token_student import TokenStudent
@@ -153,17 +154,17 @@ def test_the_teacher_draws_between_two_steps():
     teacher, student = token_teacher().eval(), STUDENTS["llamagen"]().eval()
     torch.nn.init.normal_(teacher.head.weight)
     labels, noise = torch.tensor([0, 2]), normal(4, 2, 12, 4)
-    ask = {"codebook": CODEBOOK, "condition": labels, "noise": noise, "seed": 1, "guidance": 2.0}
+    ask = {"codebook": CODEBOOK, "condition": labels, "noise": noise, "helper": Helper(teacher, 1, {"guidance": 2.0})}
     for keep, calls in ((0, 5 + 1), (2, 1 + 3 + 1), (4, 1 + 1 + 1)):
         tally = Tally()
-        found = dd1.assisted(student, teacher, keep=keep, tally=tally, **ask)
+        found = dd1.assisted(student, keep=keep, tally=tally, **ask)
         assert (tally.calls, tally.evaluations) == (calls, calls + 5 - keep)
         first = dd1.generate(student, CODEBOOK, labels, noise, steps=[0], split=12)
         assert torch.equal(found[:, :keep], first[:, :keep])
         again = dd1.generate(student, CODEBOOK, labels, noise, steps=[5], start=found)
         assert torch.allclose(found, again)
     with pytest.raises(UserError, match="5 units kept, and the student goes on from 5"):
-        dd1.assisted(student, teacher, keep=5, **ask)
+        dd1.assisted(student, keep=5, **ask)
 
 
 @pytest.mark.parametrize(

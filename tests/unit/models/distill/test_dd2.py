@@ -9,6 +9,7 @@ from tokar.models.distill.adapt import VectorEmbedding, continuous, fit_embeddin
 from tokar.models.distill.ar_diffusion import ARDiffusion
 from tokar.models.distill.cca import contrastive_loss
 from tokar.models.distill.codebook import codebook_of, nearest
+from tokar.models.distill.distilled import Helper
 from tokar.models.distill.flow_map import Mixture
 from tokar.models.generators.next_scale import NextScale
 from tokar.models.generators.next_token import NextToken
@@ -187,14 +188,14 @@ def test_the_last_units_are_drawn_anew():
     nn.init.normal_(teacher.head.weight)
     labels, vectors = torch.tensor([0, 1]), normal(1, 2, 6, 4)
     known, tally = nearest(vectors, codes), Tally()
-    found = dd2.refine(teacher, vectors, labels, codes, 2, seed=3, tally=tally, guidance=2.0)
+    found = dd2.refine(Helper(teacher, 3, {"guidance": 2.0}), vectors, labels, codes, 2, tally=tally)
     assert (tally.calls, tally.evaluations) == (2, 4)
     assert torch.equal(found[:, :4], known[:, :4])
     given = known.clone()
     given[:, 4:] = -1
     assert torch.equal(found, sample(teacher, labels, seed=3, given=given, guidance=2.0, cache=False))
     with pytest.raises(UserError, match="7 of 6 units"):
-        dd2.refine(teacher, vectors, labels, codes, 7, seed=3)
+        dd2.refine(Helper(teacher, 3, {}), vectors, labels, codes, 7)
 
 
 def test_a_fitted_embedding_gives_the_teacher_back():
