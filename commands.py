@@ -153,6 +153,16 @@ def _pairs(arguments: Arguments) -> int:
     return make_pairs(composed)
 
 
+def _compare(arguments: Arguments) -> int:
+    from .conf.compose import compose
+    from .conf.overrides import quoted
+
+    composed = compose("compare", [quoted("model", arguments.run), *arguments.overrides])
+    from .evaluate.compare import compare
+
+    return table(compare(composed))
+
+
 def _sample(arguments: Arguments) -> int:
     from .conf.compose import compose
     from .conf.overrides import quoted
@@ -373,6 +383,9 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("distill pairs", "write noise and the codes that a teacher turns it into", _pairs,
                 (argument("run", metavar="TEACHER", help=RUN), OVERRIDES), stage="pairs",
                 example="tokar distill pairs runs/digits_llamagen count=20000 sampling.guidance=2"),
+        Command("distill compare", "measure a teacher, its one-step students and what needs no training in one table", _compare,
+                (argument("run", metavar="TEACHER", help=RUN), OVERRIDES), stage="compare",
+                example="tokar distill compare runs/digits_llamagen student=runs/dd1_digits features.path=runs/judge"),
         Command("sample", "draw images from a generator", _sample, (argument("run", metavar="RUN", help=RUN), OVERRIDES),
                 stage="sample", example="tokar sample runs/digits_llamagen count=100 sampling.guidance=2"),
         Command("evaluate", "measure a run, a model or a set of images", _evaluate,

@@ -143,11 +143,26 @@ class Probe(Node):
     views: PositiveInt | None = Field(None, description="augmented views of each image, reused in turn; null: one per epoch")
 
 
-class Evaluate(Node):
+class Measured(Node):
+    """What every measurement of images says: against what, by whom, where."""
+
+    paths: Paths
+    data: Data | None = None
+    split: Text | None = Field(None, description="reference; null: validation for a tokenizer, training for samples")
+    decode_with: Text | None = Field(None, description="tokenizer; null takes the one the generator was trained with")
+    features: Features
+    judge: Text | None = Field(None, description="classifier run that judges classes; null takes features.path of a classifier")
+    batch_size: PositiveInt = Field(64, description="images at once")
+    seed: NonNegativeInt = Field(0, description="of the samples")
+    ema: bool = Field(True, description="averaged weights where there are some")
+    sampling: Sampling | None = Field(None, description="null: as the run samples")
+    strategy: Strategy
+
+
+class Evaluate(Measured):
     """`tokar evaluate`."""
 
     stage: Literal["evaluate"]
-    paths: Paths
     target: Text = Field(description="a run, an exported model, an npz or a folder of images")
     measure: Literal["quality", "prefixes", "crops", "likelihood"] = Field(
         "quality",
@@ -158,21 +173,28 @@ class Evaluate(Node):
         4, description="measure=likelihood: of the bound of each image (block diffusion)"
     )
     probe: Probe | None = Field(None, description="probe=linear: measure how much of the class the tokens tell")
-    data: Data | None = None
-    split: Text | None = Field(None, description="reference; null: validation for a tokenizer, training for samples")
-    decode_with: Text | None = Field(None, description="tokenizer; null takes the one the generator was trained with")
     text_encoder: Text | None = Field(None, description="of captions; null: where it lay when they were encoded")
-    features: Features
-    judge: Text | None = Field(None, description="classifier run that judges classes; null takes features.path of a classifier")
     count: PositiveInt | None = Field(None, description="images; null takes the whole reference split")
-    batch_size: PositiveInt = Field(64, description="images at once")
-    seed: NonNegativeInt = Field(0, description="of the samples")
-    ema: bool = Field(True, description="averaged weights where there are some")
     lpips_weights: Text | None = Field(None, description="file with VGG16 and linear-head weights; null leaves LPIPS out")
-    sampling: Sampling | None = Field(None, description="null: as the run samples")
     student: StudentSampling = Field(StudentSampling(), description="of what was distilled; sampling is then its teacher's")
-    strategy: Strategy
     out: Text | None = Field(None, description="null: the evaluation folder of the run")
+
+
+class Compare(Measured):
+    """`tokar distill compare`."""
+
+    stage: Literal["compare"]
+    model: Text = Field(description="the teacher: a generator run, checkpoint or exported model")
+    student: Text | None = Field(None, description="run of `tokar train distill`; null: none to compare")
+    dd2: Text | None = Field(None, description="run of `tokar train dd2`; null: none to compare")
+    skip: PositiveInt | None = Field(None, description="units that the teacher leaves out at the end; null: half of them")
+    keep: NonNegativeInt | None = Field(
+        None, description="units of the student's first step that stay when the teacher helps; null: half of those of its last"
+    )
+    count: PositiveInt = Field(2000, description="samples of each; fewer than some hundreds of a class tell little of pairs")
+    groups: Annotated[int, Field(ge=2)] = Field(8, description="of codes, between which pairs of tokens are counted")
+    turns: Annotated[int, Field(ge=5)] = Field(9, description="timed calls of each at either batch; the median counts")
+    out: Text | None = Field(None, description="folder; null: the evaluation folder of the student's run")
 
 
 class Bench(TokenizerParts):
@@ -219,6 +241,7 @@ SCHEMAS: dict[str, type[Node]] = {
     "sample": Sample,
     "pairs": Pairs,
     "evaluate": Evaluate,
+    "compare": Compare,
     "bench": Bench,
     "estimate": Estimate,
     "slurm": Slurm,

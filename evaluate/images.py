@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from math import ceil, sqrt
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from ..data.files import os_errors, whole_file
 from ..data.images import decode
 from ..errors import UserError
 from .protocol import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 GAP = 2
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -50,6 +53,14 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None, scale: int
         sheet[top : top + height, left : left + width, 3] = 255
     buffer = io.BytesIO()
     Image.fromarray(sheet).save(buffer, format="PNG")
+    write_whole(path, buffer.getvalue())
+    return path
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure of matplotlib as a PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
     write_whole(path, buffer.getvalue())
     return path
 

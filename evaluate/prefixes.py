@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.files import os_errors
 from ..data.stream import to_image, to_uint8
 from ..errors import UserError
 from ..models.tokenizers.base import Tokenizer
 from ..models.tokenizers.quantizers.compose import ResidualQuantizer
 from .features import FeatureNet
-from .images import save_grid
-from .protocol import Result, write_whole
+from .images import save_figure, save_grid
+from .protocol import Result
 from .reconstruction import ReconstructionScore, protocol_of
 
 SHOWN = 8
@@ -112,12 +111,10 @@ class Measured:
 
     def draw_curves(self, path: Path) -> Path:
         """Each metric against the number of tokens."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         metrics = list(dict.fromkeys(key.rpartition("/")[2] for key in self.result.numbers))
         figure = Figure(figsize=(3.2 * len(metrics), 2.6), layout="constrained")
-        FigureCanvasAgg(figure)
         tokens = [prefix.tokens for prefix in self.prefixes]
         for axis, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
             axis.plot(tokens, [self.result.numbers[f"{prefix.name}/{metric}"] for prefix in self.prefixes], marker="o")
@@ -126,17 +123,7 @@ class Measured:
             axis.minorticks_off()
             axis.set_title(metric.replace("_", " "))
             axis.set_xlabel("tokens")
-        with os_errors(path):
-            write_whole(path, _png(figure))
-        return path
-
-
-def _png(figure: Any) -> bytes:
-    import io
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+        return save_figure(figure, path)
 
 
 @torch.no_grad()

@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from ..conf.compose import Composed
 from ..conf.schema import Evaluate, Probe
-from ..conf.spine import Data
-from ..conf.stages import Sampling
 from ..data.files import check_place
 from ..data.progress import progress_bar
 from ..data.stream import to_image
@@ -23,15 +20,15 @@ from ..models.build import load_model, locate_model, pick_device, weights_hash
 from ..models.classifier import Classifier
 from ..models.distill.distilled import Distilled
 from ..models.generators.base import Generator
-from ..models.open import OpenedGenerator, open_distilled, open_generator
+from ..models.open import OpenedGenerator, open_distilled
 from ..models.samplers.decode import Tally
 from ..models.tokenizers.base import Tokenizer
 from ..models.tokenizers.losses import LPIPS
 from .console import say, table
 from .crops import LOOKED_AT, evaluate_crops
 from .distilled import ask_of, draw_vectors
-from .features import ClassifierFeatures, FeatureNet, features_place, load_features
-from .generation import evaluate_generation, gaussian_of
+from .features import FeatureNet, load_features
+from .generation import evaluate_generation
 from .images import count_samples, load_samples
 from .likelihood import evaluate_likelihood
 from .prefixes import evaluate_prefixes, prefixes_of
@@ -41,6 +38,7 @@ from .protocol import Result, content_id
 from .reconstruction import evaluate_tokenizer
 from .reference import captions_of, reference_batches
 from .samples import Texts, class_ids, decode_batches, draw_codes, text_encoder, with_texts
+from .setting import Setting, evaluation_folder
 
 
 def evaluate(composed: Composed) -> int:
@@ -62,30 +60,12 @@ def evaluate(composed: Composed) -> int:
     return 0
 
 
-def run_of(target: Path) -> Path | None:
-    """The run folder that `target` is or lies in."""
-    return next((folder for folder in [target, *target.parents] if (folder / "config.yaml").is_file()), None)
-
-
-def evaluation_folder(target: Path) -> Path:
-    """Where results about `target` go: into its run, or beside it."""
-    return (run_of(target) or target.parent) / "evaluation"
-
-
 @dataclass(frozen=True)
-class Task:
+class Task(Setting):
     """One evaluation: what is measured, against what, where. `pictures` are drawn beside the result, by name."""
 
     config: Evaluate
-    sampling: Mapping[str, Any]
-    target: Path
-    device: torch.device
     pictures: dict[str, Callable[[Path], Path]] = field(default_factory=dict)
-
-    @property
-    def run(self) -> Path | None:
-        """The run folder that the target is or lies in."""
-        return run_of(self.target)
 
     def result(self) -> Result:
         """Measure."""
@@ -129,31 +109,23 @@ class Task:
         """Linear probe of a tokenizer's tokens, or of a generator that reads them."""
         what: dict[str, Any] = {"of": "tokenizer", "tokens": settings.tokens, "pool": settings.pool}
         if isinstance(model, Generator):
-            opened = self._opened_generator()
+            opened = self.opened_generator()
             extract = generator_features(opened.generator, opened.tokenizer)
             what = {"of": "generator", "layer": "middle block", "pool": "mean over slots", "condition": "no class"}
         elif isinstance(model, Tokenizer):
             extract = token_features(model, settings.tokens, settings.pool)
         else:
             raise UserError(f"holds a {type(model).__name__}", where=self.target, fix="probe a tokenizer or a generator")
-        data, split, count = self._data, self.config.split, self.config.count
+        data, split, count = self.data, self.config.split, self.config.count
         with progress_bar(None, images_seen(data, settings, split, count), "probing") as advance:
             return linear_probe(
                 extract, data, settings, what=what, device=self.device, split=split, count=count, subject=subject,
                 batch_size=self.config.batch_size, seed=self.config.seed, on_image=advance,
             )  # fmt: skip
 
-    def _opened_generator(self) -> OpenedGenerator:
-        """The generator that the target is, and its tokenizer."""
-        place = Path(self.config.decode_with) if self.config.decode_with else None
-        opened = open_generator(self.target, tokenizer=place, ema=self.config.ema)
-        opened.generator.to(self.device)
-        opened.tokenizer.to(self.device)
-        return opened
-
     def _reconstruction(self, tokenizer: Tokenizer, subject: dict[str, Any]) -> Result:
-        split = self.config.split or self._data.val_split
-        batches, count, facts = reference_batches(self._data, split, self.config.batch_size, self.config.count)
+        split = self.config.split or self.data.val_split
+        batches, count, facts = reference_batches(self.data, split, self.config.batch_size, self.config.count)
         network, perceptual = self._judges()
         with progress_bar(None, count, "reconstructing") as advance:
             return evaluate_tokenizer(
@@ -162,8 +134,8 @@ class Task:
 
     def _prefixes(self, tokenizer: Tokenizer, subject: dict[str, Any]) -> Result:
         prefixes_of(tokenizer)  # refused before anything is read
-        split = self.config.split or self._data.val_split
-        batches, count, facts = reference_batches(self._data, split, self.config.batch_size, self.config.count)
+        split = self.config.split or self.data.val_split
+        batches, count, facts = reference_batches(self.data, split, self.config.batch_size, self.config.count)
         network, perceptual = self._judges()
         with progress_bar(None, count, "reconstructing") as advance:
             measured = evaluate_prefixes(
@@ -173,9 +145,9 @@ class Task:
         return measured.result
 
     def _crops(self, tokenizer: Tokenizer, subject: dict[str, Any]) -> Result:
-        split = self.config.split or self._data.val_split
+        split = self.config.split or self.data.val_split
         limit = self.config.count or LOOKED_AT
-        batches, count, facts = reference_batches(self._data, split, self.config.batch_size, limit)
+        batches, count, facts = reference_batches(self.data, split, self.config.batch_size, limit)
         with progress_bar(None, count, "looking for details") as advance:
             crops = evaluate_crops(tokenizer, batches, data=facts, subject=subject, on_batch=advance)
         self.pictures["crops"] = crops.draw
@@ -183,13 +155,13 @@ class Task:
 
     def _judges(self) -> tuple[FeatureNet | None, LPIPS | None]:
         """The feature network and the perceptual distance, where they are given."""
-        place = self._features_path()
+        place = self.features_path
         network = load_features(self.config.features.name, place, self.device) if place else None
         return network, LPIPS(self.config.lpips_weights).to(self.device) if self.config.lpips_weights else None
 
     def _likelihood(self, subject: dict[str, Any]) -> Result:
-        opened, split = self._opened_generator(), self.config.split or self._data.val_split
-        batches, count, facts = reference_batches(self._data, split, self.config.batch_size, self.config.count)
+        opened, split = self.opened_generator(), self.config.split or self.data.val_split
+        batches, count, facts = reference_batches(self.data, split, self.config.batch_size, self.config.count)
         if opened.generator.text is not None:
             batches = with_texts(batches, self._texts(opened, split, count))
         with progress_bar(None, count, "measuring") as advance:
@@ -199,13 +171,12 @@ class Task:
             )  # fmt: skip
 
     def _samples(self, subject: dict[str, Any]) -> Result:
-        opened = self._opened_generator()
+        opened = self.opened_generator()
         generator, tokenizer = opened.generator, opened.tokenizer
-        sampling = self._sampling.model_dump()
-        opened.check_guidance(sampling["guidance"])
-        count = self.config.count or reference_batches(self._data, self._reference_split, 1, None)[1]
+        sampling = self.sampling_of(opened)
+        count = self.config.count or reference_batches(self.data, self.reference_split, 1, None)[1]
         conditions, tally = self._conditions(opened, count), Tally()
-        subject = subject | ({} if generator.text is None else {"prompts": f"captions of {self._reference_split}"})
+        subject = subject | ({} if generator.text is None else {"prompts": f"captions of {self.reference_split}"})
         with progress_bar(None, count, "sampling") as advance:
             codes = draw_codes(
                 generator, conditions, seed=self.config.seed, sampling=sampling, batch_size=self.config.batch_size,
@@ -219,19 +190,19 @@ class Task:
         """Classes in turn, or the captions of the reference."""
         if opened.generator.text is None:
             return class_ids(count, None, opened.generator.num_classes)
-        return self._texts(opened, self._reference_split, count)
+        return self._texts(opened, self.reference_split, count)
 
     def _texts(self, opened: OpenedGenerator, split: str, count: int) -> Texts:
-        return Texts(text_encoder(opened, self.config.text_encoder, self.device), captions_of(self._data, split, count))
+        return Texts(text_encoder(opened, self.config.text_encoder, self.device), captions_of(self.data, split, count))
 
     def _distilled_samples(self, subject: dict[str, Any]) -> Result:
         place = Path(self.config.decode_with) if self.config.decode_with else None
         opened = open_distilled(self.target, tokenizer=place, ema=self.config.ema)
         opened.model.to(self.device)
         opened.tokenizer.to(self.device)
-        student, sampling = self.config.student, self._sampling
+        student, sampling = self.config.student, self.as_sampled
         ask = ask_of(student, opened, sampling, seed=self.config.seed, tokenizer=place)
-        count = self.config.count or reference_batches(self._data, self._reference_split, 1, None)[1]
+        count = self.config.count or reference_batches(self.data, self.reference_split, 1, None)[1]
         asked, tally = student.model_dump() | ({"sampling": sampling.model_dump()} if ask.teacher else {}), Tally()
         with progress_bar(None, count, "sampling") as advance:
             vectors = draw_vectors(
@@ -242,29 +213,16 @@ class Task:
             result = self._generation(images, count, {**subject, "seed": self.config.seed, "student": asked})
         return replace(result, numbers={**result.numbers, **tally.per_image})
 
-    @property
-    def _sampling(self) -> Sampling:
-        """As the run samples, but for what is asked otherwise."""
-        return Sampling.model_validate({**self._run_config.get("sampling", {}), **self.sampling})
-
     def _generation(self, images: Iterable[Mapping[str, Tensor]], count: int, subject: dict[str, Any]) -> Result:
         """Fréchet distance to the reference split, and class accuracy where a classifier judges."""
-        network = load_features(self.config.features.name, self._features_path(), self.device)
-        batches, total, facts = reference_batches(self._data, self._reference_split, self.config.batch_size, None)
-        with progress_bar(None, total, "reference") as advance:
-            reference = gaussian_of(batches, network, data=facts, on_batch=advance)
-        judge = self._judge(network)
-        return evaluate_generation(images, reference, network, judge=judge, subject={**subject, "count": count})
-
-    def _judge(self, network: Any) -> ClassifierFeatures | None:
-        if self.config.judge:
-            return ClassifierFeatures(locate_model(Path(self.config.judge))).to(self.device)
-        return network if isinstance(network, ClassifierFeatures) else None
+        network = self.features()
+        reference = self.reference(network)
+        return evaluate_generation(images, reference, network, judge=self.judge(network), subject={**subject, "count": count})
 
     @torch.no_grad()
     def _classification(self, classifier: Classifier, subject: dict[str, Any]) -> Result:
-        split = self.config.split or self._data.val_split
-        batches, count, facts = reference_batches(self._data, split, self.config.batch_size, self.config.count)
+        split = self.config.split or self.data.val_split
+        batches, count, facts = reference_batches(self.data, split, self.config.batch_size, self.config.count)
         right = 0
         with progress_bar(None, count, "classifying") as advance:
             for batch in batches:
@@ -272,28 +230,6 @@ class Task:
                 right += int((guess == batch["label"]).sum())
                 advance(len(guess))
         return Result("classification", {"accuracy": right / count}, {"data": facts, "count": count}, subject)
-
-    @property
-    def _reference_split(self) -> str:
-        return self.config.split or self._data.train_split
-
-    @property
-    def _run_config(self) -> dict[str, Any]:
-        return dict(yaml.safe_load((self.run / "config.yaml").read_text())) if self.run else {}
-
-    @property
-    def _data(self) -> Data:
-        """The reference data: as configured, or that of the run."""
-        if self.config.data is not None:
-            return self.config.data
-        if "data" not in self._run_config:
-            raise UserError("no reference data", where="data", fix="name a data set, e.g. data=digits")
-        return Data.model_validate(self._run_config["data"])
-
-    def _features_path(self) -> Path | None:
-        """Where the weights of the features lie; a classifier may be named by its run."""
-        features = self.config.features
-        return features_place(features.name, features.path or (self.config.judge if features.name == "classifier" else None))
 
 
 def _is_images(target: Path) -> bool:

@@ -17,6 +17,7 @@ from ..data.files import check_place
 from ..errors import UserError, nearest
 from ..evaluate.console import say, table
 from ..evaluate.protocol import versions, write_whole
+from ..evaluate.stopwatch import per_second
 from .bench_generators import Row, bench_attention, bench_blocks, bench_sampler, bench_scales, layout_of
 from .bench_quantizer import bench_quantizer
 from .bench_strategies import bench_generator, bench_strategies
@@ -25,7 +26,6 @@ from .folder import code_state
 from .network import Network
 from .randomness import seed_step
 from .stages import check_image_size
-from .stopwatch import per_second
 from .strategy import Workers
 from .telemetry import forget_peak, memory
 from .tokenizer import TokenizerStage

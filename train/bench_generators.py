@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..conf.schema import Bench
 from ..errors import UserError
+from ..evaluate.stopwatch import per_second
 from ..models.build import build
 from ..models.generators.base import Generator
 from ..models.generators.block_diffusion import BlockDiffusion
@@ -24,7 +25,6 @@ from ..models.tokenizers.layout import TokenLayout
 from ..models.tokenizers.multiscale import MultiScaleVQ
 from ..models.tokenizers.multiscale_quantizer import MultiScaleQuantizer
 from .stages import fill, sizes_of
-from .stopwatch import per_second
 from .strategy import Workers
 
 Row = dict[str, float]

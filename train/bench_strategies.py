@@ -17,6 +17,7 @@ from ..conf.schema import Bench
 from ..conf.spine import Ema
 from ..errors import UserError
 from ..evaluate.console import say, table
+from ..evaluate.stopwatch import per_second
 from ..models.generators.base import Generator
 from .bench_generators import Row, generator_of, layout_of
 from .clock import Clock
@@ -26,7 +27,6 @@ from .network import Trainable
 from .peaks import peak_flops
 from .profiler import most_held
 from .stage import Batch, Networks
-from .stopwatch import per_second
 from .strategy import Workers
 
 STRATEGIES = ("single", "ddp", "fsdp", "zero1", "zero2", "zero3")

@@ -24,7 +24,8 @@ from ..evaluate.features import features_place, load_features
 from ..evaluate.likelihood import code_likelihood
 from ..evaluate.protocol import Result, content_id
 from ..evaluate.reference import augmented_split, facts_of, plain_split
-from ..evaluate.run import Task, evaluation_folder, run_of
+from ..evaluate.run import Task
+from ..evaluate.setting import evaluation_folder, run_of
 from ..models.build import locate_model, model_facts, pick_device, weights_hash
 from ..models.open import open_generator, open_tokenizer
 from ..models.tokenizers.layout import TokenLayout

@@ -102,13 +102,32 @@ def compose(
         done: finished units of `vectors`.
         split: `None`: the student's.
     """
-    known, snapped = student.tokens_in(done), student.tokens_in(student.split if split is None else split)
-    tokens = torch.cat((vectors[:, :known], prediction.vectors[:, known:].to(vectors.dtype)), dim=1)
-    codes = torch.cat((nearest(vectors[:, :known], codebook), prediction.logits[:, known:].argmax(-1)), dim=1)
-    return torch.cat((F.embedding(codes[:, :snapped], codebook), tokens[:, snapped:]), dim=1)
+    known, snapped = _bounds(student, done, split)
+    kept = F.embedding(nearest(vectors[:, : min(known, snapped)], codebook), codebook)
+    tail = prediction.vectors[:, max(known, snapped) :]
+    return _joined(kept, vectors[:, snapped:known], prediction.logits[:, known:snapped].argmax(-1), tail, codebook)
 
 
-@torch.no_grad()
+def _bounds(student: Student, done: int, split: int | None) -> tuple[int, int]:
+    """Tokens that are data already, and tokens that become codes."""
+    return student.tokens_in(done), student.tokens_in(student.split if split is None else split)
+
+
+def _joined(kept: Tensor, copied: Tensor, codes: Tensor, tail: Tensor, codebook: Tensor) -> Tensor:
+    """What was data, its codes before its vectors; then new codes, then new vectors: of `copied` and `codes` one is empty."""
+    return torch.cat((kept, copied, F.embedding(codes, codebook), tail.to(kept.dtype)), dim=1)
+
+
+def _pass(student: Student, x: Tensor, condition: Tensor, codebook: Tensor, done: int, split: int | None) -> Tensor:
+    """`compose` of a student's prediction, of which no more is computed than is used; data before the split are codes."""
+    known, snapped = _bounds(student, done, split)
+    read = student.read(x, condition, torch.full((len(x),), known, device=x.device))
+    codes = student.logits(read, slice(known, max(known, snapped))).argmax(-1)
+    tail = student.vectors(read, slice(max(known, snapped), x.shape[1]))
+    return _joined(x[:, : min(known, snapped)], x[:, snapped:known], codes, tail, codebook)
+
+
+@torch.inference_mode()
 def generate(
     student: Student,
     codebook: Tensor,
@@ -142,17 +161,23 @@ def generate(
         raise UserError(f"steps {list(chosen)} do not rise", where="student.steps", fix="use [0], or [0, T] as it was trained")
     if start is None and chosen[0] != 0:
         raise UserError(f"a first step from {chosen[0]} with nothing before it", where="student.steps", fix="begin with step 0")
-    x = noise if start is None else start
+    x = noise if start is None else _snapped(student, start, codebook, chosen[0], split)
     for step in chosen:
-        done = torch.full((len(noise),), student.tokens_in(step), device=noise.device)
-        x = torch.where(student.pending(done)[..., None], noise, x)
-        x = compose(student, student(x, condition, done), x, codebook, step, split)
+        known = student.tokens_in(step)
+        x = torch.cat((x[:, :known], noise[:, known:]), dim=1) if known else noise
+        x = _pass(student, x, condition, codebook, step, split)
     if tally is not None:
         tally.add(len(chosen), len(chosen))
     return x
 
 
-@torch.no_grad()
+def _snapped(student: Student, start: Tensor, codebook: Tensor, done: int, split: int | None) -> Tensor:
+    """A start `[B, N, D]` whose data before the split are their nearest codes."""
+    first = min(_bounds(student, done, split))
+    return torch.cat((F.embedding(nearest(start[:, :first], codebook), codebook), start[:, first:]), dim=1)
+
+
+@torch.inference_mode()
 def assisted(
     student: Student,
     codebook: Tensor,

@@ -14,7 +14,7 @@ from ...ranges import NonNegativeInt
 from ..attention import Context
 from ..generators.next_scale import NextScale, ScaleGenerator
 from ..generators.planned import Facts
-from .student import Prediction, Student, check_teacher_of
+from .student import Read, Student, check_teacher_of
 
 
 class ScaleStudent(Student):
@@ -61,8 +61,8 @@ class ScaleStudent(Student):
                 nn.init.trunc_normal_(layer.weight, std=std)
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, vectors: Tensor, condition: Tensor, done: Tensor) -> Prediction:
-        """See `Student.forward`."""
+    def read(self, vectors: Tensor, condition: Tensor, done: Tensor) -> Read:
+        """See `Student.read`."""
         label = self.classes(condition)[:, None]
         x = torch.cat((label + self.start, self.embed(vectors.to(self.embed.weight.dtype))), dim=1)
         flags = self.flags(self.flag_rows(done))
@@ -70,9 +70,7 @@ class ScaleStudent(Student):
         context, signal = Context(mask=self._mask.on(x.device)), self.transformer.signal(label)
         for layer, block in enumerate(self.transformer.blocks):
             x = block(x, context, layer, signal, self._flag(flags, layer))
-        hidden = x + self._flag(flags, -1)
-        logits = self.head(self.transformer.finish(hidden, label)[:, 1:])
-        return Prediction(logits, self.vector_head(hidden[:, 1:], label))
+        return Read(x + self._flag(flags, -1), label, label)
 
     def _flag(self, flags: Tensor, layer: int) -> Tensor:
         return self.flag_layers[layer](flags) if len(self.flag_layers) else flags

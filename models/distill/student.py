@@ -33,6 +33,20 @@ class Prediction(NamedTuple):
     vectors: Tensor
 
 
+class Read(NamedTuple):
+    """What a student computed of a point before its heads.
+
+    Args:
+        states: `[B, S, C]`.
+        label: class embeddings `[B, 1, C]`, for the head of vectors.
+        modulation: `[B, 1, C]`, of the norm before the logits; `None`: it has none.
+    """
+
+    states: Tensor
+    label: Tensor
+    modulation: Tensor | None
+
+
 class VectorHead(nn.Module):
     """Hidden states to vectors: LayerNorm without weights, scale and shift of the class, linear (PixArt's final layer).
 
@@ -73,6 +87,7 @@ class Student(Distilled):
 
     kind: ClassVar[str] = "a student of Distilled Decoding 1"
     knows: ClassVar[tuple[str, ...]] = ("steps", "split", "keep")
+    head: nn.Module
 
     def __init__(self, teacher: PlannedGenerator, embed_dim: int, timesteps: Sequence[int], split: int) -> None:
         super().__init__()
@@ -91,15 +106,28 @@ class Student(Distilled):
         self._mask = Facts(_sees(self.plan))
         self._place = Facts(torch.arange(-1, self.plan.n_tokens, device="cpu"))
 
-    @abstractmethod
     def forward(self, vectors: Tensor, condition: Tensor, done: Tensor) -> Prediction:
-        """The end of the trajectory.
+        """The end of the trajectory by both heads, of every token: what is trained.
 
         Args:
             vectors: `[B, N, D]`, a point of it.
             condition: class ids `[B]`.
             done: `[B]` int64, number of its first tokens that are data.
         """
+        read, every = self.read(vectors, condition, done), slice(0, self.plan.n_tokens)
+        return Prediction(self.logits(read, every), self.vectors(read, every))
+
+    @abstractmethod
+    def read(self, vectors: Tensor, condition: Tensor, done: Tensor) -> Read:
+        """All but the heads; see `forward`."""
+
+    def logits(self, read: Read, tokens: slice) -> Tensor:
+        """Logits `[B, n, V]` of some tokens."""
+        return self.head(self.transformer.finish(_slots(read, tokens), read.modulation))
+
+    def vectors(self, read: Read, tokens: slice) -> Tensor:
+        """Vectors `[B, n, D]` of some tokens."""
+        return self.vector_head(_slots(read, tokens), read.label)
 
     @abstractmethod
     def weights_from(self, teacher: nn.Module) -> dict[str, Tensor]:
@@ -170,6 +198,11 @@ def check_teacher_of(student: type[Student], kind: type[nn.Module], teacher: obj
     """
     if not isinstance(teacher, kind):
         raise ValueError(f"a {student.__name__} is made from a {kind.__name__}, not from a {type(teacher).__name__}")
+
+
+def _slots(read: Read, tokens: slice) -> Tensor:
+    """States of tokens; the class has the slot before the first."""
+    return read.states[:, 1 + tokens.start : 1 + tokens.stop]
 
 
 def _sees(plan: Plan) -> Tensor:

@@ -15,7 +15,7 @@ from ...ranges import NonNegativeInt, PositiveInt
 from ..attention import Context
 from ..generators.next_token import NextToken
 from ..layers import init_normal
-from .student import Prediction, Student, check_teacher_of
+from .student import Read, Student, check_teacher_of
 
 
 class TokenStudent(Student):
@@ -45,8 +45,8 @@ class TokenStudent(Student):
         for fresh in (self.embed, self.flags, self.vector_head):
             init_normal(fresh)
 
-    def forward(self, vectors: Tensor, condition: Tensor, done: Tensor) -> Prediction:
-        """See `Student.forward`."""
+    def read(self, vectors: Tensor, condition: Tensor, done: Tensor) -> Read:
+        """See `Student.read`."""
         label = self.classes(condition)[:, None]
         x = torch.cat((label, self.embed(vectors.to(self.embed.weight.dtype))), dim=1) + self.flags(self.flag_rows(done))
         if self.positions is not None:
@@ -58,8 +58,7 @@ class TokenStudent(Student):
         rope = None if self._rotary is None else self._rotary.on(x.device)
         blocks = range(len(self.transformer.blocks))
         hidden = self.transformer.through(x, Context(rope, causal=True), blocks, self.transformer.signal(modulation))
-        logits = self.head(self.transformer.finish(hidden, modulation)[:, 1:])
-        return Prediction(logits, self.vector_head(hidden[:, 1:], label))
+        return Read(hidden, label, modulation)
 
     def weights_from(self, teacher: nn.Module) -> dict[str, Tensor]:
         """The teacher's, except for the input layer, the flags and the second head."""

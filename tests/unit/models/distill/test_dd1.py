@@ -1,5 +1,7 @@
 """Students: what they see, what they take over, how they are sampled, what is refused."""
 
+import itertools
+
 import pytest
 import torch
 from tokar.errors import UserError
@@ -133,6 +135,19 @@ def test_points_and_compositions(student):
         assert torch.equal(found[:, late], prediction.vectors[:, late])
         chosen = F.embedding(prediction.logits.argmax(-1), CODEBOOK)
         assert torch.equal(found[:, known:snapped], chosen[:, known:snapped])
+
+
+def test_no_more_is_computed_than_is_used(student):
+    """The pass that samplers take says what both heads over all tokens say, for every split."""
+    tokens, labels, noise = student.plan.n_tokens, torch.tensor([0, 2]), normal(5, 2, student.plan.n_tokens, 4)
+    start = F.embedding(torch.randint(16, (2, tokens)), CODEBOOK)
+    for step, split in itertools.product(student.timesteps, range(student.plan.n_units + 1)):
+        done = torch.full((2,), student.tokens_in(step))
+        point = torch.where(student.pending(done)[..., None], noise, start)
+        with torch.no_grad():
+            slow = dd1.compose(student, student(point, labels, done), point, CODEBOOK, step, split)
+        fast = dd1.generate(student, CODEBOOK, labels, noise, steps=[step], split=split, start=start)
+        assert torch.allclose(fast, slow, atol=1e-5)
 
 
 def test_steps_and_their_cost(student):

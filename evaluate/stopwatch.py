@@ -1,0 +1,60 @@
+"""How long things take, and how often they can be done in a second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+
+import torch
+
+
+def per_second(action: Callable[[], None], seconds: float, device: torch.device, agree: Callable[[bool], bool] = bool) -> float:
+    """Calls per second: the median of those made in `seconds`, at least three, after one to warm up.
+
+    Args:
+        action: what is called.
+        seconds: to measure.
+        device: of its work.
+        agree: makes ranks that call it together end together: true on all where it is true on one.
+    """
+    action()
+    times: list[float] = []
+    begun = time.perf_counter()
+    while len(times) < 3 or not agree(time.perf_counter() - begun >= seconds):
+        times.append(_seconds(action, device))
+    return 1 / sorted(times)[len(times) // 2]
+
+
+def in_turns(
+    actions: Mapping[str, Callable[[], None]], turns: int, device: torch.device, on_turn: Callable[[int], None] | None = None
+) -> dict[str, float]:
+    """Seconds that each action takes, by name: the median of its turns, after one to warm up.
+
+    They take turns, so that a busy moment of the machine falls on all of them alike.
+
+    Args:
+        actions: by name.
+        turns: of each.
+        device: of their work.
+        on_turn: told 1 after each call that counts.
+    """
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for action in actions.values():
+        action()
+    for _ in range(turns):
+        for name, action in actions.items():
+            times[name].append(_seconds(action, device))
+            if on_turn:
+                on_turn(1)
+    return {name: median(found) for name, found in times.items()}
+
+
+def _seconds(action: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
