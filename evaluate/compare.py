@@ -112,8 +112,11 @@ class Contest(Setting):
         opened = open_distilled(place, tokenizer=tokenizer, ema=self.config.ema)
         opened.model.to(self.device)
         opened.tokenizer.to(self.device)
-        if opened.model.plan != self.teacher.generator.plan:
-            raise UserError("speaks of other tokens than the teacher", where=place, fix="give a student of this teacher")
+        taught = (opened.facts.get("teacher") or {}).get("hash")
+        if taught != weights_hash(self.teacher.generator):
+            raise UserError(
+                f"was distilled from another teacher ({str(taught)[:12]}…)", where=place, fix="compare it with its own teacher"
+            )
         return opened
 
     def _asks_of_student(self, student: Student) -> dict[str, Ask]:

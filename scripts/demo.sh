@@ -8,17 +8,7 @@ setup
 out="${1:-demo}"
 place=("paths.datasets=$out/datasets" "paths.runs=$out/runs")
 tokar=.venv/bin/tokar
-steps=()
-SECONDS=0
-
-# step TITLE COMMAND...: runs it, and keeps how long it took.
-step() {
-    local title="$1" began=$SECONDS
-    shift
-    say "[$((${#steps[@]} + 1))] $title: ${*/#$tokar/tokar}"
-    "$@"
-    steps+=("$(printf '%-28s %5d s' "$title" "$((SECONDS - began))")")
-}
+source scripts/steps.sh
 
 runs="$out/runs"
 step "digits to shards" "$tokar" data prepare "${place[@]}"
@@ -33,8 +23,7 @@ for run in digits_classifier digits_vqgan digits_llamagen; do
 done
 step "report" "$tokar" report "$runs"/digits_{classifier,vqgan,llamagen} --out "$out/report.html"
 
-say "done in $SECONDS s"
-printf '  %s\n' "${steps[@]}"
+finish
 say "what came out"
 .venv/bin/python scripts/results.py "$runs"
 say "look at $out/report.html and $runs/digits_llamagen/samples/samples.png"

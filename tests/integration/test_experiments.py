@@ -29,9 +29,11 @@ TOKENIZERS = {
     **dict.fromkeys(("cifar10_llamagen", "cifar10_next_scale", "cifar10_block"), "cifar10_multiscale"),
 }  # fmt: skip
 """Whose codes each generator learns here."""
+SMALL_TEACHERS = {"digits": "digits_llamagen", "cifar10": "cifar10_llamagen"}
 TEACHERS = {
-    name: name.replace("dd1_digits", "digits_llamagen").removeprefix("dd1_") for name in TEXTS if name.startswith("dd1_")
-}
+    name: SMALL_TEACHERS.get(student, student) for name in TEXTS for kind, _, student in [name.partition("_")]
+    if kind in ("dd1", "diffusion", "dd2")
+}  # fmt: skip
 """Whose trajectories each student learns here, drawn on the fly."""
 CUT = {
     "llamagen_vq": ["tokenizer.encoder.width=32", "tokenizer.quantizer.codebook_size=64"],
@@ -58,6 +60,7 @@ CUT = {
         "generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32", "data.image_size=256",
     ],
     "var_d": ["generator.dim=64", "generator.layers=2", "generator.heads=2"],
+    "diffusion_": ["fit_steps=2"],
     "block": ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32"],
     "var_d36_512": ["data.image_size=256"],
     **{
@@ -139,6 +142,8 @@ def take_step(start, noise, captioned, folder):
                 overrides += ["codes.path=null", f"codes.tokenizer={take(TOKENIZERS[name])}"]
             elif name in TEACHERS:
                 overrides += ["pairs=null", "count=4", f"model={take(TEACHERS[name])}"]
+            if STAGES[name] == "dd2":
+                overrides.append(f"diffusion={take(name.replace('dd2', 'diffusion'))}")
             if "perceptual_weight" in TEXTS[name]:
                 overrides.append("losses.lpips_weights=lpips.safetensors")
             if "override /discriminator: dino" in TEXTS[name]:

@@ -1,6 +1,7 @@
 """Pairs of a teacher: killed and resumed, by two ranks, refused when they do not fit."""
 
 import json
+import math
 import os
 import random
 import subprocess
@@ -10,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tokar.data.pairs import HELD_OUT, PairDataset, pair_noise
 from tokar.errors import UserError
+from tokar.evaluate.protocol import Result
 from tokar.models.build import save_model, weights_hash
 from tokar.models.classifier import Classifier
 from tokar.models.distill.codebook import codebook_of, nearest
@@ -229,3 +232,35 @@ def test_what_was_distilled_is_measured_and_drawn(folder, start, digits, run, op
     command = start(folder, "sample", run, "student.split=3", "student.redraw=2", "student.keep=1", "out=refused")
     assert command.wait() == 2
     assert "knows no such thing" in command.log.read_text()
+
+
+def test_a_table_of_teacher_students_and_what_needs_no_training(folder, start):
+    """After the runs above: every way with its cost, the teacher's guidance counted twice; a student of another is refused."""
+    node = {"_target_": "tokar.models.classifier.Classifier", "image_size": 16, "num_classes": 10, "width": 8}
+    save_model(folder / "judge", node, Classifier(16, 10, width=8).state_dict())
+    ask = ["distill", "compare", "teacher", "student=whole", "dd2=dd2", "features.path=judge", "count=40", "turns=5",
+           "sampling.guidance=2", "sampling.top_k=20", "strategy.accelerator=cpu", "strategy.threads=1",
+           "out=table"]  # fmt: skip
+    command = start(folder, *ask)
+    assert command.wait() == 0, command.log.read_text()
+    results = [Result.load(path) for path in (folder / "table").glob("*.json")]
+    rows = {str(result.subject["way"]): result.numbers for result in results}
+    cost = {way: (numbers["evaluations"], numbers["depth"]) for way, numbers in rows.items()}
+    assert cost == {
+        "teacher": (128, 64), "independent": (0, 0), "teacher, last 32 skipped": (64, 32), "DD1, 1 step": (1, 1),
+        "DD1, 2 steps": (2, 2), "DD1, teacher from 2 to 5": (1 + 2 * 3 + 1, 1 + 3 + 1), "DD2, 1 step": (1, 1),
+    }  # fmt: skip
+    assert len({result.protocol_id for result in results}) == 1
+    assert rows["teacher"]["times_as_fast"] == 1
+    for numbers in rows.values():
+        assert {"fd_classifier", "class_accuracy", "teacher_nll", "distinct_codes", "pair_information_error", "ms_1"} <= set(
+            numbers
+        )
+        assert all(math.isfinite(value) for value in numbers.values())
+        assert 1 <= numbers["distinct_codes"] <= 32
+    assert all(way in command.log.read_text() for way in rows)
+    with Image.open(next((folder / "table").glob("*_speed_and_quality.png"))) as picture:
+        assert min(picture.size) > 300
+    command = start(folder, *ask, "ema=false")
+    assert command.wait() == 2
+    assert "was distilled from another teacher" in command.log.read_text()
