@@ -36,12 +36,19 @@ def _parity(arguments: Arguments) -> int:
 
 
 def _export(arguments: Arguments) -> int:
+    from ..evaluate.card import export_card
     from ..models.build import export_model
 
     out = Path(arguments.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError("is not empty", where=out, fix="give a new folder")
-    return say(f"{export_model(Path(arguments.run), out, ema=not arguments.raw)}: model and config")
+    source, ema = Path(arguments.run), not arguments.raw
+    if arguments.hf:
+        tokenizer = Path(arguments.decode_with) if arguments.decode_with else None
+        return say(f"{export_card(source, out, ema=ema, tokenizer=tokenizer)}: model, config and card")
+    if arguments.decode_with:
+        raise UserError("goes along with --hf alone", where="--decode-with", fix="add --hf, or leave it out")
+    return say(f"{export_model(source, out, ema=ema)}: model and config")
 
 
 COMMANDS = (
@@ -55,6 +62,8 @@ COMMANDS = (
             example="tokar parity llamagen_vq.safetensors"),
     Command("export", "write the weights of a run as a model folder", _export,
             (argument("run", metavar="RUN", help=RUN), argument("out", metavar="OUT", help="a new folder"),
-             argument("--raw", action="store_true", help="the trained weights instead of their average (EMA)")),
-            example="tokar export runs/digits_vqgan models/digits_vqgan"),
+             argument("--raw", action="store_true", help="the trained weights instead of their average (EMA)"),
+             argument("--hf", action="store_true", help="a folder to publish: with a model card, and a generator's tokenizer"),
+             argument("--decode-with", metavar="TOKENIZER", help="with --hf: where the tokenizer of a generator lies now")),
+            example="tokar export runs/digits_llamagen models/digits --hf"),
 )  # fmt: skip
