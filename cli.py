@@ -1,4 +1,4 @@
-"""The command line: finds the command, reads its arguments, tells errors in lines. The table is in commands.py."""
+"""The command line: finds the command, reads its arguments, tells errors in lines. The table is in commands/."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .commands import COMMANDS, GROUPS, Command, say
+from .commands import COMMANDS, GROUPS
+from .commands.command import Command, say
 from .errors import UserError, nearest, told_in_lines
 
 EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141

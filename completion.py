@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .errors import UserError
 
 if TYPE_CHECKING:
-    from .commands import Command
+    from .commands.command import Command
 
 _PATHS = frozenset({"model", "target", "resume_from", "init_from", "decode_with", "judge", "features.path", "codes.tokenizer"})
 """Keys whose value is a run, a checkpoint or a model."""

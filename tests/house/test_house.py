@@ -27,7 +27,7 @@ def settings(root):
 
 def code_folders(root):
     """Folders of the package that hold code, as dotted names, whoever forgot to list them."""
-    tops = [path for path in root.iterdir() if path.is_dir() and path.name not in IGNORED | {"tests", "scripts"}]
+    tops = [path for path in root.iterdir() if path.is_dir() and path.name not in IGNORED | {"tests", "scripts", "docs"}]
     files = [file for top in tops if not top.name.startswith(".") and top.suffix != ".egg-info" for file in top.rglob("*.py")]
     return {".".join(("tokar", *file.parent.relative_to(root).parts)) for file in files} | {"tokar"}
 

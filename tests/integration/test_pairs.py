@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokar
 import torch
 from PIL import Image
 from tokar.data.pairs import HELD_OUT, PairDataset, pair_noise
@@ -154,6 +155,9 @@ def test_a_student_is_sampled(folder, start):
     codebook, noise = codebook_of(opened.tokenizer), pair_noise(0, range(6), opened.tokenizer.layout.to_dict())
     vectors = generate(opened.model, codebook, torch.arange(6), torch.from_numpy(noise), steps=[0], split=16)
     assert np.array_equal(np.load(folder / "drawn/codes.npy"), nearest(vectors, codebook))
+    loaded = tokar.load(folder / "whole", tokenizer=folder / "tokenizer")
+    assert np.array_equal(loaded.sample_codes(range(6), steps=[0], split=16), np.load(folder / "drawn/codes.npy"))
+    assert loaded.sample([4, 2]).shape == (2, 16, 16, 3)
     command = start(folder, *ask, "student.steps=[0,3]")
     assert command.wait() == 2
     assert "a step from 3 finished units, which this student was not trained for" in command.log.read_text()

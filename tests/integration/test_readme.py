@@ -19,7 +19,8 @@ def test_the_commands_of_the_readme_run_in_order(root, tmp_path):
         shell(line, tmp_path)
     assert (tmp_path / "report.html").stat().st_size > 100_000
     assert (tmp_path / "runs/digits_llamagen/samples/samples.png").exists()
-    loaded = "import tokar, torch; model = tokar.load('exported'); print(model.encode(torch.zeros(1, 3, 32, 32)).codes.shape)"
-    assert "[1, 16]" in shell(f'python -c "{loaded}"', tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "loaded.py").write_text(f"import tokar\n{block}print(codes.shape, (again == model.decode(codes)).all())")
+    assert "(3, 16) True" in shell("python loaded.py", tmp_path)
     sweep = {path.name for path in (tmp_path / "runs").glob("digits_classifier-*")}
     assert sweep == {"digits_classifier-optim.lr=0.001", "digits_classifier-optim.lr=0.002"}

@@ -5,9 +5,10 @@ import subprocess
 import sys
 
 import pytest
-from tokar import cli, commands
+from tokar import cli
 from tokar.cli import find_command, main, parse
 from tokar.commands import COMMANDS
+from tokar.commands.command import table
 from tokar.errors import UserError
 
 RECIPE = "experiment=digits_classifier"
@@ -237,5 +238,5 @@ def test_bench_parts_what_from_overrides(monkeypatch):
 
 
 def test_table_is_aligned(capsys):
-    assert commands.table([("a", "bb"), ("ccc", 1)]) == 0
+    assert table([("a", "bb"), ("ccc", 1)]) == 0
     assert capsys.readouterr().out == "a    bb\nccc  1\n"
