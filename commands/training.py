@@ -12,10 +12,10 @@ def _train(arguments: Arguments) -> int:
         return multirun(arguments.stage, arguments.overrides, arguments.objective)
     from ..conf.compose import compose
 
-    compose(arguments.stage, arguments.overrides)  # so that its errors come before the slow imports
-    from ..train.run import train
+    composed = compose(arguments.stage, arguments.overrides)
+    from ..train.run import start
 
-    return train(arguments.stage, arguments.overrides)
+    return start(composed)
 
 
 MULTIRUN = argument("-m", "--multirun", action="store_true", help="run every combination of comma-separated values")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def sort_overrides(overrides: Sequence[str], stage: str, loader: ConfigLoader) -
         except UserError as error:
             found.problems += error.lines
             continue
-        group = bool(loader.get_group_options(override.key_or_group))
+        group = bool(_options(loader, override.key_or_group))
         problem = _problem(override, text, loader) or _experiment_problem(override, stage)
         if problem:
             found.problems.append(problem)
@@ -118,9 +119,15 @@ def is_hydras(key: str) -> bool:
     return re.match(r"hydra[./]", key) is not None
 
 
+@lru_cache(1024)
+def _options(loader: ConfigLoader, key: str) -> list[str]:
+    """Options of a group, none for a key of another kind; Hydra copies all its sources to say so, at every question."""
+    return list(loader.get_group_options(key))
+
+
 def _is_choice(override: Override, loader: ConfigLoader) -> bool:
     """It names an option of a group, or several to sweep over, rather than changing keys of one."""
-    return bool(loader.get_group_options(override.key_or_group)) and not isinstance(override.value(), dict)
+    return bool(_options(loader, override.key_or_group)) and not isinstance(override.value(), dict)
 
 
 def _problem(override: Override, text: str, loader: ConfigLoader) -> str | None:
@@ -129,7 +136,7 @@ def _problem(override: Override, text: str, loader: ConfigLoader) -> str | None:
         return f"{text}: only sweeps take keys of Hydra; add --multirun or leave it out"
     if override.is_sweep_override():
         return f"{text}: several values; add --multirun or quote the value"
-    options = loader.get_group_options(key)
+    options = _options(loader, key)
     if _is_choice(override, loader) and value is not None and value not in options and not override.is_delete():
         return f"{key}={value}: no such option; {nearest(str(value), options)}"
     return None

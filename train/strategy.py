@@ -1,4 +1,4 @@
-"""The processes of a run: Fabric starts them and finds their devices, engines spread the networks over them.
+"""The processes of a run: once they are started, engines spread the networks over them.
 
 Networks and stages know nothing of this: a stage calls a `Network`, whatever the strategy.
 """
@@ -8,13 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from ..conf.spine import Ema as EmaConfig
@@ -28,7 +25,7 @@ from .engines import make_engine
 from .float8 import check_float8, to_float8
 from .network import Network, Trainable
 from .pieces import take_stock
-from .rendezvous import environment
+from .processes import processes
 from .scaler import LossScaler
 from .units import compile_units, recompute
 from .watch import Watch
@@ -78,25 +75,12 @@ class Workers:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config
-        found = environment(config.nodes, config.devices)
-        self.fabric = Fabric(
-            plugins=found,
-            accelerator=config.accelerator,
-            strategy="auto" if config.name == "single" else self._processes(config),
-            devices=config.devices,
-            num_nodes=config.nodes,
-        )
+        self.fabric = processes(config, device)
         self.watch = Watch(self.fabric)
         if config.precision == "fp8":
-            check_float8(self.fabric.device)
-        if self.fabric.device.type == "cuda":
+            check_float8(self.device)
+        if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
-
-    @staticmethod
-    def _processes(config: StrategyConfig) -> DDPStrategy:
-        """Fabric's: it starts the processes and their group, nothing else of it is used."""
-        backend = None if config.backend == "auto" else config.backend
-        return DDPStrategy(process_group_backend=backend, timeout=timedelta(seconds=config.timeout))
 
     @property
     def rank(self) -> int:

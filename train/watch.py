@@ -33,6 +33,8 @@ from .signals import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_LOST, EXIT_REQUEUE
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
+    from .processes import Alone
+
 TICK = 0.5
 """Seconds between looks."""
 GRACE = 2.0
@@ -54,7 +56,7 @@ class Watch:
         fabric: whose launcher starts the other processes of this machine.
     """
 
-    def __init__(self, fabric: Fabric) -> None:
+    def __init__(self, fabric: Fabric | Alone) -> None:
         self._fabric, self._children = fabric, {}  # type: ignore[var-annotated]
         self._parent: int | None = None
         self._hang_after: float | None = None
@@ -110,7 +112,7 @@ class Watch:
 
     def _adopt(self) -> None:
         """Take the children out of the launcher's hands: its own observer would kill this process without a word."""
-        started: list[Popen[bytes]] = getattr(self._fabric.strategy.launcher, "procs", [])
+        started: list[Popen[bytes]] = getattr(getattr(self._fabric.strategy, "launcher", None), "procs", [])
         if len(started) == getattr(self._fabric.strategy, "num_processes", 1) - 1:
             self._children |= {self._fabric.global_rank + 1 + index: child for index, child in enumerate(started)}
             started.clear()
@@ -157,9 +159,9 @@ class Watch:
         os._exit(code)
 
 
-def _parent(fabric: Fabric) -> int | None:
+def _parent(fabric: Fabric | Alone) -> int | None:
     """Process without which this one must not go on; `None` for one that a user started, and under SLURM, which sees to it."""
-    kind = type(fabric.strategy.cluster_environment).__name__  # type: ignore[attr-defined]
+    kind = type(fabric.strategy.cluster_environment).__name__  # type: ignore[union-attr]
     if kind == "LightningEnvironment" and fabric.local_rank > 0 and PARENT in os.environ:
         return int(os.environ[PARENT])
     return os.getppid() if kind == "TorchElasticEnvironment" else None
