@@ -1,4 +1,4 @@
-"""Every shipped recipe composes, builds and takes one step: the small ones as they are, the big ones with their widths cut."""
+"""Every shipped recipe composes, builds and takes one step: small ones as they are, big ones with images and widths cut."""
 
 import json
 import re
@@ -37,13 +37,16 @@ TEACHERS = {
 """Whose trajectories each student learns here, drawn on the fly."""
 CUT = {
     "llamagen_vq": ["tokenizer.encoder.width=32", "tokenizer.quantizer.codebook_size=64"],
-    "var_vqvae": ["tokenizer.encoder.width=32", "tokenizer.quantizer.codebook_size=64"],
+    "var_vqvae": [
+        "tokenizer.encoder.width=32", "tokenizer.quantizer.codebook_size=64", "tokenizer.quantizer.scales=[1,2,3,4]",
+    ],
     "gigatok": [
         "tokenizer.encoder.width=32", "tokenizer.encoder.z_channels=32", "tokenizer.quantizer.codebook_size=64",
         "tokenizer.token_encoder.width=32", "tokenizer.token_encoder.layers=1", "tokenizer.token_encoder.heads=2",
         "tokenizer.token_decoder.width=32", "tokenizer.token_decoder.layers=1", "tokenizer.token_decoder.heads=2",
         "tokenizer.semantic.depth=1",
     ],
+    r"gigatok_\w+(?<!_2d)$": ["tokenizer.token_encoder.tokens=64"],
     "gigatok_bl_dino": ["losses.adversarial_start=0"],
     "titok": [
         "tokenizer.quantizer.codebook_size=64", "tokenizer.token_encoder.width=32", "tokenizer.token_encoder.layers=1",
@@ -52,24 +55,35 @@ CUT = {
     ],
     "ibq": ["tokenizer.encoder.width=32", "tokenizer.quantizer.codebook_size=64"],
     "magvit2": ["tokenizer.encoder.width=32"],
-    "flexvar_tokenizer": ["tokenizer.encoder.width=32", "tokenizer.quantizer.codebook_size=64"],
-    "flexvar_d": ["generator.dim=64", "generator.layers=2", "generator.heads=2"],
+    "flexvar_tokenizer": [
+        "tokenizer.encoder.width=32", "tokenizer.quantizer.codebook_size=64", "tokenizer.scales=[1,2,3,4]",
+    ],
+    "flexvar_d": [
+        "generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.groups=[[1,2,2],[3,3,1]]",
+        "generator.map_size=8",
+    ],
     "rar_": ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.hidden=128"],
     "nar_": ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32"],
-    "par_": [
-        "generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32", "data.image_size=256",
-    ],
+    "par_": ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32"],
     "var_d": ["generator.dim=64", "generator.layers=2", "generator.heads=2"],
     "diffusion_": ["fit_steps=2"],
     "block": ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32"],
-    "var_d36_512": ["data.image_size=256"],
     **{
         start: ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32"]
         for start in ("llamagen_b", "llamagen_l", "llamagen_x", "llamagen_3", "llamagen_t", "gigatok_gpt", "d_ar")
     },
     "llamagen_t2i": ["generator.condition.features=12"],
 }  # fmt: skip
-"""By the beginning of a name: what makes a recipe small while its shape, losses and optimizers stay."""
+"""By a pattern of the name's beginning: what makes a recipe small while its shape, losses and optimizers stay."""
+SIDES = (32, 64, 128)
+
+
+def side(name):
+    """Pixels of a recipe's images: ImageNet's are cut to 64, for GigaTok to 128, where 32 tokens still make a block."""
+    small, cut, blocks = SIDES
+    if "imagenet256" not in TEXTS[name]:
+        return small
+    return blocks if TOKENIZERS.get(TEACHERS.get(name, name), name).startswith("gigatok") else cut
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +101,7 @@ def noise(tmp_path_factory):
         prepare(str(source), source / "shards")
         return source / "shards"
 
-    return {size: make(size) for size in (32, 256)}
+    return {size: make(size) for size in SIDES}
 
 
 @pytest.fixture(scope="session")
@@ -112,14 +126,14 @@ def captioned(start, folder):
         for split in ("train", "val"):
             (folder / f"texts-{split}").mkdir()
             for number in range(4):
-                noise = random.integers(0, 256, (256, 256, 3), dtype=np.uint8)
+                noise = random.integers(0, 256, (64, 64, 3), dtype=np.uint8)
                 Image.fromarray(noise).save(folder / f"texts-{split}" / f"{number}.png")
                 (folder / f"texts-{split}" / f"{number}.txt").write_text("a dog")
         prepare(str(folder / "texts-{split}"), folder / "captions")
         write_t5(folder / "t5")
         command = start(
-            folder, "encode", str(tokenizer), "data=imagenet256", "data.path=captions", "text=t5", "text.path=t5",
-            "out=captions-codes",
+            folder, "encode", str(tokenizer), "data=imagenet256", "data.image_size=64", "data.path=captions", "text=t5",
+            "text.path=t5", "out=captions-codes",
         )  # fmt: skip
         assert command.wait() == 0, command.log.read_text()
         return "captions-codes"
@@ -161,12 +175,12 @@ def take_step(start, noise, captioned, folder):
 
 def small(name, noise):
     """Overrides for one step on noise."""
-    size = 256 if "imagenet256" in TEXTS[name] else 32
     return [
-        f"data.path={noise[size]}", "data.train_split=train", "data.val_split=val", "data.workers=0", "loop.duration=1",
+        f"data.path={noise[side(name)]}", f"data.image_size={side(name)}",
+        "data.train_split=train", "data.val_split=val", "data.workers=0", "loop.duration=1",
         "loop.batch_size=2", "loop.accumulate=1", "loop.eval_samples=2", "strategy.accelerator=cpu",
         *(
-            override for start, overrides in CUT.items() if name.startswith(start) for override in overrides
+            override for start, overrides in CUT.items() if re.match(start, name) for override in overrides
             if STAGES[name] != "generator" or not override.startswith(("tokenizer.", "losses."))  # gigatok is both
         ),
     ]  # fmt: skip
@@ -187,7 +201,7 @@ def test_a_generator_of_texts_draws_prompts(take_step, start, folder):
             folder, "sample", str(run), f"prompts={prompts}", "count=3", "save=[codes]", "sampling.top_k=4", "out=drawn"
         )
         assert command.wait() == 0, command.log.read_text()
-        assert np.load(folder / "drawn" / "codes.npy").shape == (3, 256)
+        assert np.load(folder / "drawn" / "codes.npy").shape == (3, 16)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +212,7 @@ def test_a_generator_of_texts_draws_prompts(take_step, start, folder):
     ],
 )
 def test_a_generator_of_texts_is_measured_by_captions(take_step, start, folder, how, numbers):
-    data = ["data=imagenet256", "data.path=captions", "count=2", f"out=measured-{len(how)}"]
+    data = ["data=imagenet256", "data.image_size=64", "data.path=captions", "count=2", f"out=measured-{len(how)}"]
     command = start(folder, "evaluate", str(take_step("llamagen_t2i_xl")), *data, *how, "strategy.accelerator=cpu")
     assert command.wait() == 0, command.log.read_text()
     (path,) = (folder / f"measured-{len(how)}").glob("*.json")
