@@ -36,7 +36,7 @@ from .protocol import Result, content_id
 from .samples import class_ids, decode_batches
 from .setting import Setting, evaluation_folder
 from .stopwatch import in_turns
-from .ways import Frequencies, Way, distilled_way, independent_way, skipping_way, teacher_way
+from .ways import Frequencies, Way, check_skip, distilled_way, independent_way, skipping_way, teacher_way
 
 BATCHES = (1, 32)
 """Images drawn at once where time is taken."""
@@ -77,6 +77,7 @@ class Contest(Setting):
 
     def results(self) -> list[Result]:
         """One for each way, the teacher first."""
+        check_skip(self.teacher.generator, self._skipped)  # refused before anything is drawn, like what was distilled
         sampling, network, trained = self.sampling_of(self.teacher), self.features(), self._trained
         labels = class_ids(self.config.count, None, self.teacher.generator.num_classes)
         sample = teacher_way(self.teacher.generator, sampling, self.config.seed + 1)
@@ -88,9 +89,12 @@ class Contest(Setting):
         times = self._times(ways, labels)
         return [replace(found, numbers={**found.numbers, **times[name]}) for name, found in measured.items()]
 
+    @property
+    def _skipped(self) -> int:
+        return self.config.skip or self.teacher.generator.plan.n_units // 2
+
     def _untrained(self, sampling: Mapping[str, Any], frequencies: Frequencies) -> dict[str, Way]:
-        generator, seed = self.teacher.generator, self.config.seed
-        skipped = self.config.skip or max(1, generator.plan.n_units // 2)
+        generator, seed, skipped = self.teacher.generator, self.config.seed, self._skipped
         return {
             "teacher": teacher_way(generator, sampling, seed),
             "independent": independent_way(frequencies, generator.plan.n_tokens, seed),

@@ -69,16 +69,25 @@ def independent_way(frequencies: Frequencies, tokens: int, seed: int) -> Way:
     return way
 
 
+def check_skip(teacher: Generator, units: int) -> None:
+    """Make sure that something is skipped and something is left.
+
+    Raises:
+        UserError: it is not so.
+    """
+    last = teacher.plan.n_units - 1
+    if not 0 < units <= last:
+        raise UserError(f"{units} of {last + 1} units", where="skip", fix=f"skip 1 to {last}")
+
+
 def skipping_way(teacher: Generator, frequencies: Frequencies, sampling: Mapping[str, Any], seed: int, units: int) -> Way:
     """The teacher stops before its last `units`; their tokens are drawn by frequency, which is better than to leave them out.
 
     Raises:
-        UserError: nothing is left for the teacher, or nothing is skipped.
+        UserError: see `check_skip`.
     """
-    plan = teacher.plan
-    if not 0 < units < plan.n_units:
-        raise UserError(f"{units} of {plan.n_units} units", where="skip", fix=f"skip 1 to {plan.n_units - 1}")
-    last = plan.n_units - units
+    check_skip(teacher, units)
+    plan, last = teacher.plan, teacher.plan.n_units - units
     drawn = torch.tensor(plan.revealed_at, device="cpu") < last
 
     def way(labels: Tensor, ids: range, tally: Tally) -> Tensor:

@@ -24,10 +24,30 @@ LABELS = {
     "images_per_s": "images / s",
     "step_ms": "step, ms",
     "data_wait": "data wait",
+    "teacher_nll": "nats / token under the teacher",
+    "pair_information": "information of pairs, nats",
+    "pair_information_error": "its error, nats",
+    "ms_1": "ms, 1 at once",
+    "ms_32": "ms, 32 at once",
 }
-LOWER = ("fd_", "lpips", "mse", "loss", "error", "cross_entropy", "bits_per", "data_wait", "step_ms", "network_calls")
+LOWER = (
+    "fd_",
+    "lpips",
+    "mse",
+    "loss",
+    "error",
+    "cross_entropy",
+    "bits_per",
+    "data_wait",
+    "step_ms",
+    "network_calls",
+    "evaluations",
+    "depth",
+    "ms_1",
+    "ms_32",
+)
 TELLING = ("psnr", "accuracy", "fd_", "ssim", "usage", "loss")
-HIGHER = ("psnr", "ssim", "accuracy", "usage", "perplexity", "images_per_s")
+HIGHER = ("psnr", "ssim", "accuracy", "usage", "perplexity", "images_per_s", "times_as_fast")
 
 
 def label(key: str) -> str:
