@@ -22,4 +22,9 @@ def fill(share: float) -> tuple[str, str]:
     """A colour for a cell, and one to write on it."""
     red, green, blue = (int(channel) for channel in colours(np.asarray(share)))
     light = 0.299 * red + 0.587 * green + 0.114 * blue > 140
-    return f"#{red:02x}{green:02x}{blue:02x}", "#14161a" if light else "#ffffff"
+    return css((red, green, blue)), "#14161a" if light else "#ffffff"
+
+
+def css(colour: tuple[int, int, int]) -> str:
+    """A colour as style sheets write it."""
+    return "#{:02x}{:02x}{:02x}".format(*colour)

@@ -26,7 +26,10 @@ LABELS = {
     "data_wait": "data wait",
     "seconds_per_image": "seconds / image",
     "network_calls": "network calls / image",
-    "network_evaluations": "network evaluations / image",
+    "evaluations": "network evaluations / image",
+    "teacher_nll": "NLL under the teacher",
+    "ms_1": "ms, 1 image",
+    "ms_32": "ms, 32 images",
     "depth": "sequential depth",
 }
 COSTS = ("evaluations", "network_calls", "depth", "seconds", "ms_")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .heat import UNUSED, colours
+from .heat import STOPS, UNUSED, colours, css
 from .markup import Markup, join, tag
 from .pictures import uri
 from .runs import Run
@@ -60,10 +60,11 @@ def section(runs: Sequence[Run], chart: Markup) -> Markup:
     counted = [run for run in runs if run.counts]
     if not counted:
         return Markup("")
-    red = "#{:02x}{:02x}{:02x}".format(*UNUSED)
     about = [
-        "Codes drawn by the last validation, each a cell in the order of its index: light ones are used often, ",
-        tag("span", class_="patch", style=f"background:{red}"), "red ones never. The middle of the ramp is even use.",
+        "How often each code was drawn at the last validation, in the order of their indices: ",
+        tag("span", class_="patch", style=f"background:{css(UNUSED)}"), "never, rarely ",
+        tag("span", class_="ramp-bar", style=f"background:linear-gradient(90deg, {', '.join(map(css, STOPS))})"),
+        " often, evenly in the middle.",
     ]  # fmt: skip
     figures = (_figure(run) for run in counted)
     return join([tag("p", *about, class_="muted lead"), tag("div", *figures, class_="flipbooks"), chart])

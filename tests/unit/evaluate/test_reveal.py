@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_tokenizers import tiny
 from tokar.data.stream import to_uint8
 from tokar.evaluate.reveal import HIDDEN, reveal, stages
 from tokar.models.generators.orders import next_token, raster, sequence
-
-from tiny_tokenizers import tiny
 
 
 def codes_of(tokenizer, count=2):
