@@ -8,7 +8,8 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import ceil, sqrt
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -17,12 +18,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..data.files import os_errors, whole_file
 from ..data.images import decode
 from ..errors import UserError
 from .protocol import write_whole
+from .report.pictures import ABOUT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,7 +36,29 @@ LABELS_NAME = "labels.json"
 ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)  # the same samples give the same bytes
 
 
-def save_grid(images: Tensor, path: Path, columns: int | None = None, scale: int = 1) -> Path:
+@dataclass(frozen=True)
+class Picture:
+    """Images to be set out as a grid, and what it tells of itself.
+
+    Args:
+        images: uint8 `[N, H, W, 3]`, row by row.
+        columns: what stands above each column of the grid, in order; empty: about square.
+        note: one sentence on it.
+    """
+
+    images: Tensor
+    columns: Sequence[str] = ()
+    note: str = ""
+
+    def save(self, path: Path, scale: int = 1) -> Path:
+        """Write it as one PNG, with its words in it."""
+        about = {key: value for key, value in (("columns", list(self.columns)), ("note", self.note)) if value}
+        return save_grid(self.images, path, len(self.columns) or None, scale, about)
+
+
+def save_grid(
+    images: Tensor, path: Path, columns: int | None = None, scale: int = 1, about: Mapping[str, Any] | None = None
+) -> Path:
     """Write images as one PNG, row by row, with transparent gaps that suit a light and a dark page.
 
     Args:
@@ -41,6 +66,7 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None, scale: int
         path: of the PNG.
         columns: images per row; `None` makes the grid about square.
         scale: enlargement by whole pixels.
+        about: what the picture tells of itself on the report page, kept in the PNG (see docs/formats.md).
     """
     tiles = images.cpu().numpy().repeat(scale, 1).repeat(scale, 2)
     count, height, width, _ = tiles.shape
@@ -51,8 +77,10 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None, scale: int
         top, left = (index // columns) * (height + GAP), (index % columns) * (width + GAP)
         sheet[top : top + height, left : left + width, :3] = tile
         sheet[top : top + height, left : left + width, 3] = 255
-    buffer = io.BytesIO()
-    Image.fromarray(sheet).save(buffer, format="PNG")
+    buffer, words = io.BytesIO(), PngInfo()
+    if about:
+        words.add_itxt(ABOUT, json.dumps(about, ensure_ascii=False))
+    Image.fromarray(sheet).save(buffer, format="PNG", pnginfo=words)
     write_whole(path, buffer.getvalue())
     return path
 

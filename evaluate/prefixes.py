@@ -5,7 +5,7 @@ Shapes: `B` batch, `N` tokens, `S` streams, `K` prefixes. Images are uint8 `[B, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..models.tokenizers.base import Tokenizer
 from ..models.tokenizers.quantizers.compose import ResidualQuantizer
 from .features import FeatureNet
-from .images import save_figure, save_grid
+from .images import Picture, save_figure
 from .protocol import Result
 from .reconstruction import ReconstructionScore, protocol_of
 
@@ -41,6 +41,11 @@ class Prefix:
     tokens: int
     about: str
     decode: Callable[[Tensor], Tensor]
+
+    @property
+    def end(self) -> str:
+        """The scale or level that it ends with, if any."""
+        return self.about.removeprefix("to ") if self.about.startswith("to ") else ""
 
     @property
     def name(self) -> str:
@@ -65,6 +70,26 @@ def prefixes_of(tokenizer: Tokenizer) -> list[Prefix]:
         where="measure=prefixes",
         fix="measure a multi-scale or residual tokenizer, or set measure=quality",
     )
+
+
+def captions_of(prefixes: Sequence[Prefix]) -> list[str]:
+    """What stands above the columns of a picture of prefixes: how many tokens, and which scale or level they end with."""
+    return [f"{prefix.tokens} · {prefix.end}" if prefix.end else str(prefix.tokens) for prefix in prefixes]
+
+
+@torch.no_grad()
+def build_up(tokenizer: Tokenizer, codes: Tensor) -> Picture | None:
+    """Images `[B]` from each prefix of codes `[B, N]`, one row each; nothing where a prefix is no image."""
+    if not can_decode_prefixes(tokenizer):
+        return None
+    prefixes = prefixes_of(tokenizer)
+    images = torch.stack([to_uint8(prefix.decode(codes)) for prefix in prefixes], dim=1)
+    return Picture(images.flatten(0, 1), captions_of(prefixes))
+
+
+def can_decode_prefixes(tokenizer: Tokenizer) -> bool:
+    """Whether `prefixes_of` has some."""
+    return tokenizer.layout.prefix_decodable or isinstance(getattr(tokenizer, "quantizer", None), ResidualQuantizer)
 
 
 def _ends(tokenizer: Tokenizer) -> list[tuple[int, str]]:
@@ -107,7 +132,8 @@ class Measured:
 
     def draw_images(self, path: Path) -> Path:
         """One row for each image."""
-        return save_grid(self.strips, path, columns=len(self.prefixes) + 1, scale=max(1, 96 // self.strips.shape[1]))
+        columns = [*(captions_of(self.prefixes)), "original"]
+        return Picture(self.strips, columns).save(path, scale=max(1, 96 // self.strips.shape[1]))
 
     def draw_curves(self, path: Path) -> Path:
         """Each metric against the number of tokens."""

@@ -12,9 +12,9 @@ from ..conf.space import Dimension, split_space
 from ..errors import UserError
 from ..evaluate.protocol import write_whole
 from ..evaluate.report import curves
-from ..evaluate.report.markup import Markup, join, tag
+from ..evaluate.report.markup import Markup, join, script_json, tag
 from ..evaluate.report.names import label
-from ..evaluate.report.page import curves_section, document, script_json
+from ..evaluate.report.page import curves_section, document
 from ..evaluate.report.runs import METRICS, Run, read_run
 from ..evaluate.report.tables import number
 from .folder import FAILED, FINISHED, Point, SweepFolder, counts

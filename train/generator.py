@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..conf.stages import GeneratorRun
 from ..data.stream import to_image, to_uint8
 from ..errors import UserError
+from ..evaluate.images import Picture
+from ..evaluate.reveal import reveal
 from ..models.build import build
 from ..models.generators.base import Generator
 from ..models.samplers.decode import choices_for, sample
@@ -22,6 +24,8 @@ from .randomness import sample_uniform, sample_uniforms
 from .stage import Batch, Networks
 
 DROPOUT_SALT, NOISE_SALT = 1, 2
+SHOWN = 6
+"""Samples that are shown building up."""
 
 
 class GeneratorStage:
@@ -84,8 +88,8 @@ class GeneratorStage:
         losses = self._losses(batch, self._condition(batch), networks)
         return {**losses, "bits_per_token": losses["loss"] / math.log(2)}
 
-    def draw(self, batch: Batch, networks: Networks) -> dict[str, Tensor]:
-        """Samples, classes in turn or the texts of the batch; the same seeds every time."""
+    def draw(self, batch: Batch, networks: Networks) -> dict[str, Tensor | Picture]:
+        """Samples, classes in turn or the texts of the batch, and how the first build up; the same seeds every time."""
         if self.tokenizer is None:
             return {}
         condition = self._condition(batch)
@@ -93,4 +97,7 @@ class GeneratorStage:
             condition = torch.arange(len(condition), device=condition.device) % self.generator.num_classes
         sampling = self.config.sampling.model_dump()
         codes = sample(self.generator, condition, seed=self.config.seed, **sampling)
-        return {"samples": to_uint8(self.tokenizer.decode(codes))}
+        pictures: dict[str, Tensor | Picture] = {"samples": to_uint8(self.tokenizer.decode(codes))}
+        if built := reveal(self.tokenizer, self.generator.plan, codes[:SHOWN]):
+            pictures["partial"] = built
+        return pictures

@@ -29,12 +29,14 @@ class Meters:
     """Weighted sums of metrics on the device over the steps since the last log; no synchronisation until they are read.
 
     A scalar is averaged. A vector is a histogram of codes: it becomes its usage (share of codes used) and its
-    perplexity exp(-Σ p log p). How much of the codebook so few tokens could have used at most is in `reach`.
+    perplexity exp(-Σ p log p). How much of the codebook so few tokens could have used at most is in `reach`, the histograms
+    read last are in `histograms`.
     """
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.reach: dict[str, float] = {}
+        self.histograms: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def add(self, metrics: Mapping[str, Tensor], weight: float) -> None:
@@ -54,12 +56,14 @@ class Meters:
     def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Metrics by name, reduced over ranks by `reduce` (a sum), without those of bad steps only; clears the sums."""
         found: dict[str, float] = {}
+        self.histograms = {}
         for key, total in sorted(self.sums.items()):
             total = reduce(total)
             if not (total if key.endswith("#") else total[1]).any():
                 continue
             if key.endswith("#"):
                 usage, perplexity = usage_and_perplexity(total)
+                self.histograms[key[:-1]] = total
                 self.reach[f"{key[:-1]}/usage"] = min(1.0, float(total.sum()) / len(total))
                 found |= {f"{key[:-1]}/usage": usage, f"{key[:-1]}/perplexity": perplexity}
             else:

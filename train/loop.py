@@ -14,10 +14,11 @@ import torch
 from ..conf.spine import Loop as LoopConfig
 from ..conf.spine import ScheduleConfig
 from ..data.stream import Stream
-from ..evaluate.images import save_grid
+from ..evaluate.images import Picture
 from . import checkpoint
 from .checkpoint import Checkpoints
 from .clock import Clock
+from .drawn import save_counts
 from .guard import Diverged, Guard, Verdict
 from .logging import Meters, MetricsFile, Progress, Wandb
 from .network import Network
@@ -193,6 +194,8 @@ class Fit:
                 metrics = self.stage.evaluate(batch, self.networks)
                 meters.add({f"val/{name}": value for name, value in metrics.items()}, len(batch["label"]))
         values = meters.read(self.workers.sum)
+        if self.workers.rank == 0 and meters.histograms:
+            save_counts({name.removeprefix("val/"): counts for name, counts in meters.histograms.items()}, self.folder)
         self.metrics.write(self.clock, values)
         self.wandb.write(self.clock, values)
         return "  ".join(f"{name} {value:.4f}" for name, value in values.items())
@@ -204,10 +207,10 @@ class Fit:
             pictures = self.stage.draw(batch, self.networks)
         if self.workers.rank != 0:
             return
-        for name, images in pictures.items():
+        for name, drawn in pictures.items():
             path = self.folder / "samples" / f"step-{self.clock.step:08d}-{name}.png"
             path.parent.mkdir(exist_ok=True)
-            save_grid(images, path)
+            (drawn if isinstance(drawn, Picture) else Picture(drawn)).save(path)
             self.wandb.write_picture(self.clock, name, path)
 
     def _save(self) -> None:

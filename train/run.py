@@ -20,6 +20,7 @@ from ..errors import EXIT_USER_ERROR
 from . import checkpoint, store
 from .checkpoint import Checkpoints
 from .clock import Clock
+from .drawn import save_plan
 from .folder import RunFolder, run_folder
 from .guard import Diverged, Guard
 from .logging import METRICS_NAME, TIMING_NAME, Meters, MetricsFile, Progress, Wandb
@@ -61,6 +62,9 @@ def run(composed: Composed, workers: Workers, stop: StopFlag) -> int:
     built = BUILDERS[config.stage](config, workers)
     path = run_folder(composed)
     folder = RunFolder(path, composed) if workers.rank == 0 else None
+    if folder is not None:
+        main = next(iter(built.stage.trainables.values()))
+        save_plan(main.module, main.facts or {}, path)
     workers.barrier()
     telemetry = Telemetry(built.stage, workers, Windows(config.profile, path, workers.rank, workers.device))
     for module in built.stage.frozen:

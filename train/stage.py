@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from ..evaluate.images import Picture
 from .clock import Clock
 from .network import Network, Trainable
 
@@ -37,6 +38,6 @@ class Stage(Steps, Protocol):
         """Metrics of one validation batch, as means over its samples; no gradient."""
         ...
 
-    def draw(self, batch: Batch, networks: Networks) -> dict[str, Tensor]:
-        """Pictures by name, uint8 `[B, H, W, 3]`; may be empty."""
+    def draw(self, batch: Batch, networks: Networks) -> Mapping[str, Tensor | Picture]:
+        """Pictures by name, or plain images uint8 `[B, H, W, 3]`; may be empty."""
         ...

@@ -15,6 +15,8 @@ from torch.nn.grad import conv2d_weight
 from ..conf.stages import TokenizerLosses, TokenizerParts
 from ..data.stream import to_image, to_uint8
 from ..errors import UserError
+from ..evaluate.images import Picture
+from ..evaluate.prefixes import build_up
 from ..evaluate.reconstruction import psnr, ssim
 from ..models.build import build
 from ..models.ranks import ranks, sum_over_ranks
@@ -34,6 +36,9 @@ from ..models.tokenizers.teachers import Teacher, semantic_loss
 from .clock import Clock
 from .network import Network, Trainable
 from .stage import Batch, Networks
+
+SHOWN = 6
+"""Images that are shown building up."""
 
 
 class TokenizerStage:
@@ -181,12 +186,15 @@ class TokenizerStage:
         image, rounded = (pixels.permute(0, 3, 1, 2).float() for pixels in (batch["image"], to_uint8(reconstruction)))
         return {"psnr": psnr(image, rounded).mean(), "ssim": ssim(image, rounded).mean(), **self._histograms(output)}
 
-    def draw(self, batch: Batch, networks: Networks) -> dict[str, Tensor]:
-        """Images and their reconstructions, alternating."""
+    def draw(self, batch: Batch, networks: Networks) -> dict[str, Tensor | Picture]:
+        """Images and their reconstructions, alternating, and how the first build up where prefixes can be decoded."""
         images = batch["image"]
-        _, reconstruction = _forward(networks["tokenizer"], to_image(images))
+        output, reconstruction = _forward(networks["tokenizer"], to_image(images))
         pairs = torch.stack([images, to_uint8(reconstruction)], dim=1)
-        return {"reconstruction": pairs.flatten(0, 1)}
+        pictures: dict[str, Tensor | Picture] = {"reconstruction": pairs.flatten(0, 1)}
+        if built := build_up(self.tokenizer, output.codes[:SHOWN]):
+            pictures["partial"] = built
+        return pictures
 
 
 def adversary_node(discriminator: dict[str, Any], losses: TokenizerLosses) -> dict[str, Any]:

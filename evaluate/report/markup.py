@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import html
+import json
+import re
+from typing import Any
 
 
 class Markup(str):
@@ -14,6 +17,11 @@ class Markup(str):
 def text(value: object) -> Markup:
     """Escaped, unless it is markup."""
     return value if isinstance(value, Markup) else Markup(html.escape(str(value)))
+
+
+def breakable(name: str) -> Markup:
+    """A name that may go on in the next line behind the marks between its parts."""
+    return Markup(re.sub("([_/=,-])", r"\1<wbr>", text(name)))
 
 
 def join(parts: object) -> Markup:
@@ -32,3 +40,8 @@ def tag(name: str, *children: object, **attributes: object) -> Markup:
     if name in ("img", "input", "br"):
         return Markup(f"<{name}{written}>")
     return Markup(f"<{name}{written}>{join(children)}</{name}>")
+
+
+def script_json(value: Any) -> str:
+    """JSON that cannot end the script element it stands in."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")

@@ -24,38 +24,29 @@ LABELS = {
     "images_per_s": "images / s",
     "step_ms": "step, ms",
     "data_wait": "data wait",
+    "seconds_per_image": "seconds / image",
+    "network_calls": "network calls / image",
+    "evaluations": "network evaluations / image",
     "teacher_nll": "nats / token under the teacher",
     "pair_information": "information of pairs, nats",
     "pair_information_error": "its error, nats",
     "ms_1": "ms, 1 at once",
     "ms_32": "ms, 32 at once",
+    "depth": "sequential depth",
 }
-LOWER = (
-    "fd_",
-    "lpips",
-    "mse",
-    "loss",
-    "error",
-    "cross_entropy",
-    "bits_per",
-    "data_wait",
-    "step_ms",
-    "network_calls",
-    "evaluations",
-    "depth",
-    "ms_1",
-    "ms_32",
-)
+COSTS = ("evaluations", "network_calls", "depth", "seconds", "ms_")
+"""Parts of the names of what an image costs."""
+LOWER = ("fd_", "lpips", "mse", "loss", "error", "cross_entropy", "bits_per", "data_wait", "step_ms", *COSTS)
 TELLING = ("psnr", "accuracy", "fd_", "ssim", "usage", "loss")
 HIGHER = ("psnr", "ssim", "accuracy", "usage", "perplexity", "images_per_s", "times_as_fast")
 
 
 def label(key: str) -> str:
     """A metric's name for people: the last part of its key, spelled out where it is a known abbreviation."""
-    key = key.removeprefix("optim/")
+    key = key.removeprefix("optim/").removeprefix("codes_")
     *scope, name = [key] if key in LABELS else key.split("/")
     words = LABELS.get(name, name.replace("_", " "))
-    words = f"{' '.join(scope)}: {words}" if scope else words
+    words = f"{' '.join(scope).replace('_', ' ')}: {words}" if scope else words
     return words[:1].upper() + words[1:]
 
 
@@ -65,6 +56,11 @@ def better(key: str) -> str:
     if any(part in name for part in HIGHER):
         return "↑"
     return "↓" if any(part in name for part in LOWER) else ""
+
+
+def is_cost(key: str) -> bool:
+    """Whether a metric says what an image costs."""
+    return any(part in key.rsplit("/", 1)[-1] for part in COSTS)
 
 
 def rank(key: str) -> int:

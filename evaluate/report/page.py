@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -11,15 +10,15 @@ from string import Template
 from typing import Any
 
 from ..protocol import versions, write_whole
-from . import crops, curves, pictures, tables
-from .markup import Markup, join, tag
+from . import buildup, crops, curves, gallery, orders, plane, tables, usage
+from .markup import Markup, join, script_json, tag
 from .names import label, rank
 from .runs import Run, read_runs
 
 HEADLINES = 3
+SCRIPTS = ("kit.js", "plane.js", "report.js")
 PARTIAL = ("crops", "prefixes")
 """Results that say little in one number."""
-ENLARGED = 480
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
@@ -45,23 +44,28 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
 
 def page(runs: Sequence[Run]) -> str:
     """The page as text."""
-    charts = curves.charts(runs)
+    charts = [*curves.charts(runs), *buildup.charts(runs), *usage.charts(runs)]
+    planes, pictures = plane.planes(runs), gallery.groups(runs)
     sections = {
         "Results": tables.results(runs),
+        "Speed and quality": plane.section(planes),
         "Curves": curves_section(runs, charts),
-        "Events": tables.events(runs),
+        "Images": gallery.finished(pictures),
+        "Build-up": gallery.partial(pictures, figures_of(charts, "prefixes")),
+        "Order": orders.section(runs),
+        "Codebook": usage.section(runs, figures_of(charts, "codebook")),
         "Details": crops.side_by_side(runs),
-        "Images": _images(runs),
+        "Events": tables.events(runs),
         "Configuration": join([tables.config_differences(runs), tables.configs(runs)]),
         "Environment": tables.environment(runs),
     }
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    return document(title, join(_card(run) for run in runs), sections, runs, charts)
+    return document(title, join(_card(run) for run in runs), sections, runs, charts, planes=planes)
 
 
 def document(
     title: str, cards: Markup, sections: Mapping[str, Markup], runs: Sequence[Run], charts: Sequence[dict[str, Any]],
-    style: str = "", script: str = "",
+    style: str = "", script: str = "", planes: Sequence[dict[str, Any]] = (),
 ) -> str:  # fmt: skip
     """A whole page in the style of the report.
 
@@ -72,31 +76,32 @@ def document(
         runs: that the charts are of.
         charts: that the script draws into the figures of `curves_section`.
         style, script: added behind the report's own.
+        planes: of speed and quality, for the script.
     """
     present = {name: body for name, body in sections.items() if body}
+    marks = [{"name": run.name, "colour": run.colour % 6} for run in runs]
     return Template(_asset("template.html")).substitute(
         title=join([title]),
         style=_asset("report.css") + style,
-        script=_asset("report.js") + script,
-        nav=join(tag("a", name, href=f"#{name.lower()}") for name in present),
+        script="".join(map(_asset, SCRIPTS)) + script,
+        nav=join(tag("a", name, href=f"#{_anchor(name)}") for name in present),
         cards=cards,
-        sections=join(tag("section", tag("h2", name), body, id=name.lower(), class_="part") for name, body in present.items()),
-        data=script_json({"charts": charts, "runs": [{"name": run.name, "colour": run.colour % 6} for run in runs]}),
+        sections=join(tag("section", tag("h2", name), body, id=_anchor(name), class_="part") for name, body in present.items()),
+        data=script_json({"charts": charts, "planes": planes, "runs": marks}),
         version=versions().get("tokar", ""),
     )
+
+
+def _anchor(name: str) -> str:
+    return name.lower().replace(" ", "-")
 
 
 def _asset(name: str) -> str:
     return files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
-def script_json(value: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
 def _card(run: Run) -> Markup:
-    facts = [f"step {run.last_step:,}".replace(",", "\u2009")] if run.last_step is not None else []
+    facts = [f"step {tables.spaced(run.last_step)}"] if run.last_step is not None else []
     started = str(run.environment.get("started", ""))[:16].replace("T", " ")
     facts += [started] if started else []
     headlines = [tag("div", tag("dt", label(key)), tag("dd", tables.number(value))) for key, value in _headlines(run)]
@@ -124,17 +129,41 @@ def _headlines(run: Run) -> list[tuple[str, float]]:
 
 def curves_section(runs: Sequence[Run], charts: Sequence[dict[str, Any]]) -> Markup:
     """Places for the charts; the script draws them."""
-    if not charts:
+    if all("x" in chart for chart in charts):
         return Markup("")
     parts = [_toolbar(charts)]
+    stages = [chart["stage"] for chart in charts if "x" not in chart]
     for stage in dict.fromkeys(run.stage for run in runs):
-        own = [index for index, chart in enumerate(charts) if chart["stage"] == stage]
+        own = [index for index, chart in enumerate(charts) if chart["stage"] == stage and "x" not in chart]
         if own:
-            named = tag("h3", stage) if len({chart["stage"] for chart in charts}) > 1 else ""
+            named = tag("h3", stage) if len(set(stages)) > 1 else ""
             named = join([named, _legend(runs, {series["run"] for index in own for series in charts[index]["series"]})])
-            figures = (_figure(charts[index], index) for index in own)
-            parts.append(tag("section", named, tag("div", *figures, class_="charts"), class_="kind"))
+            rest = [index for index in own if _is_aside(charts[index])]
+            first = _figures(charts, [index for index in own if index not in rest])
+            more = tag(
+                "details",
+                tag("summary", "Optimizer, speed and single streams"),
+                _figures(charts, rest),
+                open=True,
+                class_="more",
+            )
+            parts.append(tag("section", named, first, more if rest else "", class_="kind"))
     return join(parts)
+
+
+def figures_of(charts: Sequence[dict[str, Any]], stage: str) -> Markup:
+    """Places for the charts that stand elsewhere than among the curves; empty without any."""
+    own = [index for index, chart in enumerate(charts) if chart["stage"] == stage and "x" in chart]
+    return _figures(charts, own, "charts apart") if own else Markup("")
+
+
+def _figures(charts: Sequence[dict[str, Any]], shown: Sequence[int], kind: str = "charts") -> Markup:
+    return tag("div", *(_figure(charts[index], index) for index in shown), class_=kind)
+
+
+def _is_aside(chart: dict[str, Any]) -> bool:
+    """Rates, norms and speeds, and the codes of one stream among several: told apart, and folded on a phone."""
+    return bool(chart["order"] >= 3) or chart["key"].startswith("codes_")
 
 
 def _legend(runs: Sequence[Run], shown: set[int]) -> Markup:
@@ -174,37 +203,3 @@ def _toolbar(charts: Sequence[dict[str, Any]]) -> Markup:
 
 def _choice(name: str, chosen: bool) -> Markup:
     return tag("button", name, type="button", data_axis=name, aria_pressed="true" if chosen else "false")
-
-
-def _images(runs: Sequence[Run]) -> Markup:
-    found = [(run, name, items) for run in runs for name, items in pictures.series(run).items()]
-    return tag("div", *(_flipbook(run, name, items) for run, name, items in found), class_="flipbooks") if found else Markup("")
-
-
-def _flipbook(run: Run, name: str, items: Sequence[tuple[str, Path]]) -> Markup:
-    """One picture with a slider over the steps; it opens at the last."""
-    shown: list[dict[str, Any]] = []
-    for step, path in items:
-        try:
-            uri, size = pictures.embed(path)
-            shown.append({"step": step, "src": uri, "size": size})
-        except OSError:
-            run.notes.append(f"{path.parent.name}/{path.name} left out: no readable image")
-    if not shown:
-        return Markup("")
-    last = shown[-1]
-    frames = [{"step": frame["step"], "src": frame["src"]} for frame in shown[:-1]] + [{"step": last["step"]}]
-    width, height = last["size"]
-    sharp = "pixelated" if width <= ENLARGED else None  # a small grid grows by whole pixels, a large one shrinks smoothly
-    image = tag("img", src=last["src"], alt=f"{name} of {run.name}", width=width, height=height, class_=sharp)
-    step = tag("output", f"step {last['step']}" if last["step"] else "", class_="muted")
-    controls: list[Markup] = []
-    if len(shown) > 1:
-        play = tag("button", "Play", type="button", class_="chip play")
-        slider = tag("input", type="range", min=0, max=len(shown) - 1, value=len(shown) - 1, aria_label=f"step of {name}")
-        frames_json = Markup(f'<script type="application/json">{script_json(frames)}</script>')
-        controls = [tag("div", slider, play, class_="controls"), frames_json]
-    caption = tag(
-        "figcaption", tag("span", tables.swatch(run), tag("strong", name), " ", tag("span", run.name, class_="muted")), step
-    )
-    return tag("figure", caption, tag("div", image, class_="frame"), *controls, class_="flipbook")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -14,6 +16,8 @@ from .runs import Run
 
 MOST_STEPS = 24
 LARGE_BYTES = 400_000
+ABOUT = "about"
+"""Key of the text in a PNG in which a picture tells of itself: `columns` (what is above each), `note`; JSON."""
 STEP_NAME = re.compile(r"step-(\d+)-(.+)")
 
 
@@ -36,8 +40,8 @@ def evenly(items: Sequence[tuple[str, Path]], most: int) -> list[tuple[str, Path
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def embed(path: Path) -> tuple[str, tuple[int, int]]:
-    """A data URI and the size in pixels; a large picture becomes a JPEG.
+def embed(path: Path) -> tuple[str, tuple[int, int], dict[str, Any]]:
+    """A data URI, the size in pixels, and what the picture tells of itself; a large picture becomes a JPEG.
 
     Raises:
         OSError: no readable image.
@@ -45,14 +49,22 @@ def embed(path: Path) -> tuple[str, tuple[int, int]]:
     content = path.read_bytes()
     with Image.open(io.BytesIO(content)) as image:
         image.load()
-        size = image.size
+        size, told = image.size, _told(image.info.get(ABOUT))
         if len(content) <= LARGE_BYTES:
-            return uri("png", content), size
+            return uri("png", content), size, told
         flat = Image.new("RGB", size, (128, 128, 128))
         flat.paste(image, mask=image.getchannel("A") if image.mode == "RGBA" else None)
     buffer = io.BytesIO()
     flat.save(buffer, format="JPEG", quality=92)
-    return uri("jpeg", buffer.getvalue()), size
+    return uri("jpeg", buffer.getvalue()), size, told
+
+
+def _told(text: Any) -> dict[str, Any]:
+    try:
+        told = json.loads(text) if isinstance(text, str) else {}
+    except ValueError:
+        return {}
+    return told if isinstance(told, dict) else {}
 
 
 def uri(kind: str, content: bytes) -> str:

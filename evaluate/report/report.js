@@ -1,48 +1,9 @@
 (() => {
   "use strict";
-  const root = document.documentElement;
-  // A page that broke says so where a test, or a reader of the source, finds it.
-  addEventListener("error", (event) => { root.dataset.error = event.message; });
-
-  const { charts, runs } = JSON.parse(document.getElementById("report-data").textContent);
-  const all = (selector, within = document) => [...within.querySelectorAll(selector)];
+  const { root, all, press, data: { charts, runs }, exact, short, ticks, logTicks, svgNode, shapes, words, row, redrawn } = kit;
   const state = { axis: "step", smooth: 0, log: false, hidden: new Set() };
 
-  // ---- numbers ----
-  const trim = (text) => (text.includes(".") ? text.replace(/\.?0+$/, "") : text);
-  const exact = (v) => {
-    const size = Math.abs(v);
-    if (size !== 0 && (size < 1e-3 || size >= 1e6)) return v.toExponential(2);
-    return trim(v.toPrecision(5).includes("e") ? String(Math.round(v)) : v.toPrecision(5));
-  };
-  const short = (v) => {
-    const size = Math.abs(v);
-    if (size >= 1e6) return trim((v / 1e6).toPrecision(3)) + "M";
-    if (size >= 1e4) return trim((v / 1e3).toPrecision(3)) + "k";
-    if (size !== 0 && size < 1e-3) return v.toExponential(0);
-    return trim(v.toPrecision(4));
-  };
-  const ticks = (low, high, wanted) => {
-    const raw = (high - low) / wanted, power = 10 ** Math.floor(Math.log10(raw));
-    const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= raw * 0.999);
-    const out = [];
-    for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) out.push(i * step);
-    return out;
-  };
-  const logTicks = (low, high) => {
-    const out = [];
-    for (let p = Math.floor(Math.log10(low)); p <= Math.ceil(Math.log10(high)); p++)
-      for (const m of [1, 2, 5]) { const v = m * 10 ** p; if (v >= low * 0.999 && v <= high * 1.001) out.push(v); }
-    return out.length > 6 ? out.filter((v) => Math.abs(Math.log10(v) - Math.round(Math.log10(v))) < 1e-9) : out;
-  };
-
   // ---- curves ----
-  const svgNode = (name, attributes, parent) => {
-    const node = document.createElementNS("http://www.w3.org/2000/svg", name);
-    for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-    parent?.append(node);
-    return node;
-  };
   // Exponential mean with the start-up bias divided out, so that a smoothed curve begins where the raw one does.
   const smoothed = (ys, weight) => {
     let mean = 0, mass = 0;
@@ -50,22 +11,19 @@
   };
   const visible = (chart) => chart.series.filter((s) => !state.hidden.has(s.run));
   const xs = (series) => (state.axis === "samples" && series.samples.every((v) => v !== null) ? series.samples : series.step);
-  const drawn = (series) => (state.smooth && series.split !== "val" && series.y.length > 20 ? smoothed(series.y, state.smooth) : series.y);
+  const drawn = (series, chart) => (state.smooth && !chart.x && series.split !== "val" && series.y.length > 20 ? smoothed(series.y, state.smooth) : series.y);
   const path = (series, ys, sx, sy) => ys.map((y, i) => `${i ? "L" : "M"}${sx(xs(series)[i]).toFixed(1)} ${sy(y).toFixed(1)}`).join("");
-  const shapes = [
-    (x, y) => `M${x - 3.5} ${y}a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0`, (x, y) => `M${x - 3} ${y - 3}h6v6h-6z`,
-    (x, y) => `M${x} ${y - 4}l4 4l-4 4l-4 -4z`, (x, y) => `M${x} ${y - 4}l4 7h-8z`,
-    (x, y) => `M${x} ${y + 4}l4 -7h-8z`, (x, y) => `M${x - 4} ${y + 2}a4 4 0 0 1 8 0z`,
-  ];
   const colour = (series) => runs[series.run].colour;
 
   // Charts of one stage share their x axis, from the first step to the last, so that they can be read across.
   const reach = (stage) => Math.max(...charts.filter((c) => c.stage === stage).flatMap(visible).flatMap(xs));
+  const doublings = (low, high) => { const out = []; for (let v = low; v <= high; v *= 2) out.push(v); return out; };
 
-  function scales(series, stage, width, height) {
+  function scales(series, chart, width, height) {
     const yAll = series.flatMap((s) => s.y);
-    const useLog = state.log && yAll.every((y) => y > 0);
-    const x0 = 0, x1 = reach(stage) || 1;
+    const useLog = (chart.x ? chart.log : state.log) && yAll.every((y) => y > 0);
+    const x1 = reach(chart.stage) || 1, x0 = chart.logx ? Math.min(...series.flatMap(xs), x1 / 2) : 0;
+    const g = chart.logx ? Math.log2 : (v) => v;
     let [y0, y1] = [Math.min(...yAll), Math.max(...yAll)];
     const pad = useLog ? 0 : y1 > y0 ? (y1 - y0) * 0.06 : Math.abs(y1) || 1;
     if (useLog) { y0 /= 1.05; y1 *= 1.05; } else { if (y0 < 0 || y0 - pad >= 0) y0 -= pad; else y0 = Math.min(0, y0); y1 += pad; }
@@ -73,8 +31,9 @@
     const left = 14 + 6.2 * Math.max(...yTicks.map((t) => short(t).length), 2), right = 8, top = 6, bottom = 20;
     const f = useLog ? Math.log : (v) => v;
     return {
-      x0, x1, left, right: width - right, top, bottom: height - bottom, yTicks, xTicks: ticks(x0, x1, width > 500 ? 7 : 4),
-      sx: (x) => left + ((x - x0) / (x1 - x0)) * (width - left - right),
+      left, right: width - right, top, bottom: height - bottom, yTicks,
+      xTicks: chart.logx ? doublings(x0, x1) : ticks(x0, x1, width > 500 ? 7 : 4),
+      sx: (x) => left + ((g(x) - g(x0)) / (g(x1) - g(x0))) * (width - left - right),
       sy: (y) => height - bottom - ((f(y) - f(y0)) / (f(y1) - f(y0))) * (height - top - bottom),
     };
   }
@@ -88,10 +47,11 @@
     const split = series.filter((s) => s.split === "val");
     const final = (split.length ? split : series).map((s) => exact(s.y[s.y.length - 1]));
     svg.setAttribute("aria-label", `${chart.title}: last ${final.join(", ")}`);
-    figure.querySelector(".last").textContent = final.length === 1 ? final[0] : "";
+    const over = [chart.note, chart.x && `over ${chart.x}`].filter(Boolean).join(", ");
+    figure.querySelector(".last").textContent = chart.x ? over : final.length === 1 ? final[0] : "";
     figure.querySelector("figcaption").after(svg);
     if (!series.length || width <= 0) return;
-    const scale = (figure.scale = scales(series, chart.stage, width, height));
+    const scale = (figure.scale = scales(series, chart, width, height));
     for (const t of scale.yTicks) {
       svgNode("line", { class: "grid", x1: scale.left, x2: scale.right, y1: scale.sy(t), y2: scale.sy(t) }, svg);
       svgNode("text", { x: scale.left - 6, y: scale.sy(t) + 3.5, "text-anchor": "end" }, svg).textContent = short(t);
@@ -100,7 +60,7 @@
       svgNode("text", { x: scale.sx(t), y: height - 4, "text-anchor": scale.sx(t) > scale.right - 14 ? "end" : "middle" }, svg).textContent = short(t);
     const pale = (s) => s.split === "train" && split.length > 0;
     for (const s of [...series].sort((a, b) => pale(b) - pale(a))) {
-      const ys = drawn(s), own = `s${colour(s)}`;
+      const ys = drawn(s, chart), own = `s${colour(s)}`;
       if (ys !== s.y) svgNode("path", { class: `line raw ${own}`, d: path(s, s.y, scale.sx, scale.sy) }, svg);
       svgNode("path", { class: `line ${own} ${pale(s) ? "train" : ""}`, d: path(s, ys, scale.sx, scale.sy) }, svg);
       if (s.y.length <= 30 && !pale(s))
@@ -115,31 +75,24 @@
   const nearest = (values, x) => values.reduce((best, v, i) => (Math.abs(v - x) < Math.abs(values[best] - x) ? i : best), 0);
 
   function point(figure, event) {
-    const chart = charts[figure.dataset.chart], series = visible(chart), { sx, sy, x0, x1, left, right, top, bottom } = figure.scale;
+    const chart = charts[figure.dataset.chart], series = visible(chart), { sx, sy, left, right, top, bottom } = figure.scale;
     const box = figure.querySelector("svg").getBoundingClientRect();
     const at = Math.min(right, Math.max(left, event.clientX - box.left));
-    const x = x0 + ((at - left) / (right - left)) * (x1 - x0);
-    const found = series.map((s) => ({ s, i: nearest(xs(s), x) }));
-    const snapped = found.map(({ s, i }) => xs(s)[i]).reduce((a, b) => (Math.abs(b - x) < Math.abs(a - x) ? b : a));
+    const found = series.map((s) => ({ s, i: nearest(xs(s).map(sx), at) }));
+    const snapped = found.map(({ s, i }) => xs(s)[i]).reduce((a, b) => (Math.abs(sx(b) - at) < Math.abs(sx(a) - at) ? b : a));
     figure.overlay.replaceChildren();
     svgNode("line", { class: "cross", x1: sx(snapped), x2: sx(snapped), y1: top, y2: bottom }, figure.overlay);
-    for (const { s, i } of found) svgNode("circle", { class: `dot s${colour(s)}`, cx: sx(xs(s)[i]), cy: sy(drawn(s)[i]), r: 3.5 }, figure.overlay);
+    for (const { s, i } of found) svgNode("circle", { class: `dot s${colour(s)}`, cx: sx(xs(s)[i]), cy: sy(drawn(s, chart)[i]), r: 3.5 }, figure.overlay);
     tip(figure, found, snapped, sx(snapped));
   }
 
   function tip(figure, found, x, left) {
     const several = new Set(found.map(({ s }) => s.run)).size > 1;
-    const box = figure.querySelector(".tip") ?? figure.appendChild(Object.assign(document.createElement("div"), { className: "tip" }));
-    const row = (parts) => { const line = document.createElement("div"); line.append(...parts); return line; };
-    const words = (name, text) => Object.assign(document.createElement(name), { textContent: text });
-    const head = row([words("span", `${state.axis} ${x.toLocaleString("en").replace(/,/g, "\u2009")}`)]);
-    box.replaceChildren(head, ...found.map(({ s, i }) => {
-      const mark = Object.assign(document.createElement("span"), { className: `swatch c${colour(s)}` });
-      return row([mark, words("span", [several ? runs[s.run].name : "", s.split].filter(Boolean).join(" · ") || "value"), words("b", exact(s.y[i]))]);
-    }));
-    const room = figure.clientWidth - box.offsetWidth - 8;
-    box.style.left = `${Math.max(8, left + 32 > room ? left + 4 - box.offsetWidth : left + 32)}px`;
-    box.style.top = "3rem";
+    const head = row(words("span", `${charts[figure.dataset.chart].x ?? state.axis} ${x.toLocaleString("en").replace(/,/g, "\u2009")}`));
+    kit.tip(figure, [head, ...found.map(({ s, i }) => row(
+      words("span", "", `swatch c${colour(s)}`),
+      words("span", [several ? runs[s.run].name : "", s.split].filter(Boolean).join(" · ") || "value"), words("b", exact(s.y[i])),
+    ))], left + 32, "3rem");
   }
 
   function unpoint(figure) {
@@ -156,7 +109,6 @@
     for (const name of ["train", "val"]) key.append(Object.assign(document.createElement("span"), { className: name, textContent: name }));
     figure.append(key);
   }
-  const press = (button, on) => button.setAttribute("aria-pressed", String(on));
   all("[data-axis]").forEach((button) => button.addEventListener("click", () => {
     state.axis = button.dataset.axis;
     all("[data-axis]").forEach((other) => press(other, other === button));
@@ -201,10 +153,16 @@
     const image = book.querySelector("img"), frames = JSON.parse(book.querySelector("script").textContent);
     const button = book.querySelector(".play"), label = book.querySelector("output");
     frames[frames.length - 1].src = image.src;
-    const show = (index) => {
+    const turn = (index) => {
       slider.value = index;
       image.src = frames[index].src;
       label.textContent = frames[index].step && `step ${frames[index].step}`;
+    };
+    book.turnTo = (step) => turn(nearest(frames.map((frame) => Number(frame.step)), step));
+    // Books side by side turn together: each to its picture nearest to that step.
+    const show = (index) => {
+      turn(index);
+      all(".flipbook", book.parentElement).forEach((other) => { if (other !== book) other.turnTo?.(Number(frames[index].step)); });
     };
     let timer = null;
     const stop = () => { clearInterval(timer); timer = null; button.textContent = "Play"; };
@@ -232,9 +190,11 @@
     setTimeout(() => { button.textContent = "Copy"; }, 1500);
   }));
 
-  let width = 0;
-  new ResizeObserver(() => { if (innerWidth !== width) { width = innerWidth; drawAll(); } }).observe(document.body);
-  drawAll();
+  for (const more of all(".more")) {
+    more.open = innerWidth > 640; // a phone begins with what matters most
+    more.addEventListener("toggle", () => all(".chart", more).forEach(draw));
+  }
+  redrawn(drawAll);
   root.dataset.charts = all(".chart svg").length;
   root.dataset.ready = "true";
 })();

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
+import numpy as np
+from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from ...errors import UserError
 from ..protocol import Result
 
 CONFIG, ENVIRONMENT, METRICS, TIMING = "config.yaml", "environment.json", "metrics.jsonl", "timing.jsonl"
+DRAWN_HERE = ("_crops", "_curves", "_speed_and_quality")
+"""Ends of the names of pictures beside results that the page draws itself, from the numbers."""
+PLAN, CODES = "plan.json", "codes.npz"
+SAMPLERS = ("generator", "distill", "diffusion", "dd2")
+"""Stages whose runs draw images, and so stand in one plane of speed and quality."""
 MARKS = (CONFIG, METRICS, "evaluation", "samples")
 
 Row = dict[str, Any]
@@ -26,7 +35,7 @@ class Run:
     Args:
         folder: where it lies.
         name: the shortest end of its path that no other run of the report has.
-        colour: index in the palette, counted within the stage: colour tells runs of one stage apart.
+        colour: index in the palette: colour tells runs of one stage, and all that draw images, apart.
         stage: `tokenizer`, `generator`, `classifier`, …; empty when the config does not say.
         config: resolved, parsed.
         config_text: as written.
@@ -36,6 +45,8 @@ class Run:
         timing: rows of speeds.
         results: evaluation files with their names, oldest first.
         pictures: files of `samples/`, and those drawn by evaluations.
+        plan: the order in which a generator reveals its tokens (see docs/formats.md); empty for other runs.
+        counts: how often each code was used at the last validation, `[V]` for each stream by name, `codes` of all together.
         notes: what could not be read, one line each; shown on the page.
     """
 
@@ -51,6 +62,8 @@ class Run:
     timing: list[Row] = field(default_factory=list)
     results: list[tuple[str, Result]] = field(default_factory=list)
     pictures: list[Path] = field(default_factory=list)
+    plan: dict[str, Any] = field(default_factory=dict)
+    counts: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -70,9 +83,11 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     runs = [read_run(folder) for folder in folders]
     for run, name in zip(runs, _short_names([run.folder for run in runs]), strict=True):
         run.name = name
-    for stage in {run.stage for run in runs}:
-        for colour, run in enumerate(run for run in runs if run.stage == stage):
-            run.colour = colour
+    seen: Counter[str] = Counter()
+    for run in runs:
+        family = SAMPLERS[0] if run.stage in SAMPLERS else run.stage
+        run.colour = seen[family]
+        seen[family] += 1
     return runs
 
 
@@ -95,7 +110,10 @@ def read_run(folder: Path) -> Run:
         except UserError as error:
             run.notes.append(f"evaluation/{path.name} left out: {error.what}")
     run.pictures = sorted(folder.glob("samples/*.png"))
-    run.pictures += [path for path in sorted(folder.glob("evaluation/*.png")) if not path.stem.endswith("_crops")]
+    drawn = sorted(folder.glob("evaluation/*.png"))
+    run.pictures += [path for path in drawn if not path.stem.endswith(DRAWN_HERE)]
+    _read_plan(run)
+    _read_counts(run)
     return run
 
 
@@ -133,6 +151,29 @@ def _read_environment(run: Run) -> None:
         run.notes.append(f"{ENVIRONMENT} left out: not JSON")
         return
     run.environment = content if isinstance(content, dict) else {}
+
+
+def _read_plan(run: Run) -> None:
+    path = run.folder / PLAN
+    if not path.exists():
+        return
+    try:
+        plan = json.loads(path.read_text())
+        if plan["format"] == 1 and all(stream["name"] and stream["revealed_at"] for stream in plan["streams"]):
+            run.plan = {**plan, "n_units": int(plan["n_units"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        run.notes.append(f"{PLAN} left out: no readable plan")
+
+
+def _read_counts(run: Run) -> None:
+    path = run.folder / CODES
+    if not path.exists():
+        return
+    try:
+        with np.load(path) as counts:
+            run.counts = {name: counts[name] for name in counts.files if counts[name].any()}
+    except (OSError, ValueError, BadZipFile):
+        run.notes.append(f"{CODES} left out: no readable counts")
 
 
 def _read_rows(run: Run, name: str) -> list[Row]:

@@ -6,14 +6,19 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeGuard
 
 from ..protocol import Result
-from .markup import Markup, join, tag
+from .markup import Markup, breakable, join, tag
 from .names import better, label
 from .runs import Run, flatten
 
 MOST_EVENTS = 50
+ROW, WAY = "row", "way"
+"""Facts that name what was measured by themselves: a row of a result, a way of sampling among those compared."""
+OVERALL = ""
+"""The row of numbers that have none in their name."""
 
 
 class Entry(NamedTuple):
@@ -23,10 +28,16 @@ class Entry(NamedTuple):
     file: str
     result: Result
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Of what was measured, by dotted key."""
+        return flatten(self.result.subject)
 
-def swatch(run: Run) -> Markup:
-    """The run's mark: colour and shape, as in the curves."""
-    return tag("span", class_=f"swatch c{run.colour % 6}", aria_hidden="true")
+
+def swatch(of: Run | int) -> Markup:
+    """The mark of a run, or of a number of the palette: colour and shape, as in the curves."""
+    colour = of if isinstance(of, int) else of.colour
+    return tag("span", class_=f"swatch c{colour % 6}", aria_hidden="true")
 
 
 def number(value: float, decimals: int | None = None) -> str:
@@ -38,12 +49,36 @@ def number(value: float, decimals: int | None = None) -> str:
     return f"{value:.{_decimals([value]) if decimals is None else decimals}f}"
 
 
+def spaced(count: int) -> str:
+    """A whole number with thin spaces between its thousands."""
+    return f"{count:,}".replace(",", "\u2009")
+
+
 def _decimals(values: Iterable[float]) -> int:
-    """Decimals that leave the smallest value four significant digits, five at most: a column's points then stand in line."""
+    """Decimals that leave the smallest value four significant digits, or three below 0.1, five at most, so points align."""
     sizes = [abs(value) for value in values if math.isfinite(value) and value]
     if not sizes or all(size.is_integer() for size in sizes):
         return 0
-    return max(0, min(5, 3 - math.floor(math.log10(min(sizes)))))
+    return max(0, min(5, (3 if min(sizes) >= 0.1 else 2) - math.floor(math.log10(min(sizes)))))
+
+
+def rows_of(result: Result) -> dict[str, dict[str, float]]:
+    """Finite numbers by row: `teacher/fd_classifier` is the metric `fd_classifier` of the row `teacher`."""
+    rows: dict[str, dict[str, float]] = {}
+    for key, value in result.numbers.items():
+        row, _, metric = key.rpartition("/")
+        if math.isfinite(value):
+            rows.setdefault(row, {})[metric] = value
+    return rows
+
+
+def _by_row(entry: Entry) -> list[Entry]:
+    """A result whose numbers are all of rows, one entry for each; else as it is."""
+    rows = rows_of(entry.result)
+    if OVERALL in rows or len(rows) < 2:
+        return [entry]
+    parts = ((name, replace(entry.result, numbers=values)) for name, values in rows.items())
+    return [entry._replace(result=replace(part, subject={ROW: name, **part.subject})) for name, part in parts]
 
 
 def results(runs: Sequence[Run]) -> Markup:
@@ -53,9 +88,10 @@ def results(runs: Sequence[Run]) -> Markup:
     return join(_kind(kind, [entry for entry in entries if entry.result.name == kind]) for kind in kinds)
 
 
-def _kind(kind: str, entries: Sequence[Entry]) -> Markup:
+def _kind(kind: str, whole: Sequence[Entry]) -> Markup:
+    entries = [part for entry in whole for part in _by_row(entry)]
     metrics = list(dict.fromkeys(key for entry in entries for key in entry.result.numbers))
-    subjects = _telling(entries)
+    subjects = telling(entries)
     named = _needs_file(entries, subjects)
     head = [_heading("Run"), *([_heading("File")] if named else []), *(_subject_heading(key, entries) for key in subjects)]
     head += [_heading(label(key), better(key)) for key in metrics]
@@ -64,7 +100,7 @@ def _kind(kind: str, entries: Sequence[Entry]) -> Markup:
     places = {key: _decimals(entry.result.numbers.get(key, math.nan) for entry in entries) for key in metrics}
     rows = [_row(entry, subjects, places, best, named) for entry in entries]
     protocols: dict[str, list[Entry]] = {}
-    for entry in entries:
+    for entry in whole:
         protocols.setdefault(entry.result.protocol_id, []).append(entry)
     warning = (
         tag("p", f"{len(protocols)} protocols: compare numbers of one only.", class_="warning") if len(protocols) > 1 else ""
@@ -87,16 +123,17 @@ def _heading(text: str, direction: str = "", numeric: bool = False) -> Markup:
     return tag("th", button, scope="col", class_="number" if direction or numeric else None, data_better=direction or None)
 
 
-def _telling(entries: Sequence[Entry]) -> list[str]:
+def telling(entries: Sequence[Entry]) -> list[str]:
     """Facts about the measured thing that tell rows apart; the rest stands under the table, with hashes and paths of runs."""
-    flat = [flatten(entry.result.subject) for entry in entries]
+    flat = [entry.facts for entry in entries]
     keys = dict.fromkeys(key for values in flat for key in values)
     short = [key for key in keys if all(isinstance(values.get(key), str | int | float | None) for values in flat)]
     varying = [key for key in short if len({values.get(key) for values in flat}) > 1]
     return [
         key
         for key in varying
-        if not any(_is_dull(str(values.get(key)), entry) for values, entry in zip(flat, entries, strict=True))
+        if key in (ROW, WAY)
+        or not any(_is_dull(str(values.get(key)), entry) for values, entry in zip(flat, entries, strict=True))
     ]
 
 
@@ -105,7 +142,7 @@ def _is_dull(value: str, entry: Entry) -> bool:
 
 
 def _subject_heading(key: str, entries: Sequence[Entry]) -> Markup:
-    values = [flatten(entry.result.subject).get(key) for entry in entries]
+    values = [entry.facts.get(key) for entry in entries]
     return _heading(label(key.replace(".", "/")), numeric=all(value is None or _is_number(value) for value in values))
 
 
@@ -115,7 +152,7 @@ def _is_number(value: object) -> TypeGuard[int | float]:
 
 def _needs_file(entries: Sequence[Entry], subjects: Sequence[str]) -> bool:
     """Whether two rows would look the same without the name of their file."""
-    facts = [flatten(entry.result.subject) for entry in entries]
+    facts = [entry.facts for entry in entries]
     seen = [
         (entry.run.name, entry.result.protocol_id, *(str(values.get(key)) for key in subjects))
         for entry, values in zip(entries, facts, strict=True)
@@ -137,8 +174,8 @@ def _best(entries: Sequence[Entry], metrics: Sequence[str]) -> set[tuple[int, st
 
 
 def _row(entry: Entry, subjects: Sequence[str], places: Mapping[str, int], best: set[tuple[int, str]], named: bool) -> Markup:
-    facts = flatten(entry.result.subject)
-    cells = [tag("th", swatch(entry.run), entry.run.name, scope="row", title=entry.file)]
+    facts = entry.facts
+    cells = [tag("th", swatch(entry.run), breakable(entry.run.name), scope="row", title=entry.file)]
     cells += [tag("td", entry.file)] if named else []
     cells += [_cell(facts.get(key)) for key in subjects]
     for key, decimals in places.items():

@@ -61,7 +61,7 @@ def test_it_trains_draws_and_says_its_kernel(runs):
     metrics = [json.loads(line) for line in (folder / "straight" / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(line["train/loss"]) for line in metrics if "train/loss" in line)
     assert any("val/bits_per_token" in line for line in metrics)
-    assert len(list((folder / "straight" / "samples").glob("*.png"))) == 2
+    assert len(list((folder / "straight" / "samples").glob("*-samples.png"))) == 2
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(runs, digits):

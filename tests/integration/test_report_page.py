@@ -1,4 +1,4 @@
-"""The report page in a real browser: opened from disk, drawn, clicked, sorted, at phone and desktop width."""
+"""The report page in a real browser: opened from disk, drawn, clicked, sorted, turned dark, at phone and desktop width."""
 
 import json
 import math
@@ -6,15 +6,18 @@ import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 import torch
-from tokar.evaluate.images import save_grid
+from tokar.evaluate.images import Picture, save_grid
 from tokar.evaluate.protocol import Result
 from tokar.evaluate.report import write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--virtual-time-budget=4000")  # fmt: skip
+TALL = 4800
+"""Pixels of a screenshot: all but the end of the page at desktop width."""
 CONFIG = """# resolved
 stage: {stage}
 seed: {seed}
@@ -89,8 +92,20 @@ def make_run(folder, stage, seed=0, lr=3e-4):
     (folder / "timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in speed))
     if stage != "classifier":
         draw(folder, stage)
+        describe(folder, stage)
     evaluate(folder, stage, seed)
     return folder
+
+
+def describe(folder, stage):
+    """What a tokenizer or a generator leaves for the page: use of the codes, order of the tokens, images building up."""
+    if stage == "tokenizer":
+        counts = np.arange(256) % 9 * 3
+        np.savez(folder / "codes.npz", codes=counts, codes_scale0=counts // 5, codes_scale1=counts - counts // 5)
+    else:
+        streams = [{"name": "patch", "grid": [4, 4], "revealed_at": [number // 4 for number in range(16)]}]
+        (folder / "plan.json").write_text(json.dumps({"format": 1, "n_units": 4, "streams": streams}))
+    Picture(digits(12), ["4", "8", "12", "16"]).save(folder / "samples" / "step-00002000-partial.png")
 
 
 def evaluate(folder, stage, seed):
@@ -106,22 +121,23 @@ def evaluate(folder, stage, seed):
         results = [
             Result(
                 "reconstruction", numbers, {"data": data, "count": 360, "features": FEATURES}, {"target": f"runs/{folder.name}"}
-            )
+            ),
+            Result("prefixes", {f"first {k}/psnr": 10 + k + seed for k in (1, 4, 16)}, {"data": data, "count": 360}),
         ]
     elif stage == "generator":
         protocol = {"count": 1437, "features": FEATURES, "reference": {"data": {**data, "split": "train"}, "count": 1437}}
         results = [
             Result(
                 "generation",
-                {"fd_classifier": fd, "class_accuracy": accuracy},
+                {"fd_classifier": fd, "class_accuracy": accuracy, "network_calls": calls, "seconds_per_image": calls / 400},
                 {**protocol, "count": count},
                 {"guidance": g, "seed": 0},
             )
-            for g, fd, accuracy, count in [
-                (1.0, 9.74, 0.812, 1437),
-                (2.0, 5.13, 0.941, 1437),
-                (4.0, 11.9, 0.978, 1437),
-                (2.0, 8.31, 0.95, 360),
+            for g, fd, accuracy, count, calls in [
+                (1.0, 9.74, 0.812, 1437, 16),
+                (2.0, 5.13, 0.941, 1437, 32),
+                (4.0, 11.9, 0.978, 1437, 8),
+                (2.0, 8.31, 0.95, 360, 16),
             ]
         ]
     else:
@@ -164,21 +180,42 @@ def opened(browser, report, tmp_path, then="", *flags):
 def test_everything_is_drawn(browser, report, tmp_path):
     dom = opened(browser, report, tmp_path)
     charts = int(re.search(r'data-charts="(\d+)"', dom)[1])
-    assert charts == dom.count('class="chart"') == 24
-    assert dom.count("<svg") == charts
+    assert charts == dom.count('class="chart"') == 26
+    assert dom.count("<svg") == charts + dom.count('class="plane"') + dom.count('class="order-figure"') == charts + 2
     assert not re.search(r'd="[^"]*NaN', dom)
+    headings = [
+        "Results",
+        "Speed and quality",
+        "Curves",
+        "Images",
+        "Build-up",
+        "Order",
+        "Codebook",
+        "Configuration",
+        "Environment",
+    ]
+    assert re.findall(r"<h2>([^<]+)</h2>", dom) == headings
+    assert len(re.findall(r'class="mark ', dom)) == 3
+    assert 'class="name"' in dom
 
 
 def test_tables_sort_best_first_and_back(browser, report, tmp_path):
-    click = """
+    """By a click on a head and by the keyboard, which reaches it since it is a button; readers are told the order."""
+    sort = """
       const table = [...document.querySelectorAll('table.results')].find((t) => t.textContent.includes('Class accuracy'));
       const head = [...table.querySelectorAll('th button')].find((b) => b.textContent.includes('FD'));
-      const read = () => [...table.tBodies[0].rows].map((r) => r.querySelectorAll('td.number')[1].textContent).join(' ');
-      head.click(); document.body.dataset.once = read(); head.click(); document.body.dataset.twice = read();
+      const say = (name) => {
+        const read = [...table.tBodies[0].rows].map((r) => r.querySelectorAll('td.number')[1].textContent).join(' ');
+        document.body.dataset[name] = `${head.closest('th').getAttribute('aria-sort')}: ${read}`;
+      };
+      head.click(); say('once'); head.click(); say('twice');
+      const reached = (button) => { button.focus(); return document.activeElement === button; };
+      document.body.dataset.reached = [...table.querySelectorAll('th button')].every(reached);
     """
-    dom = opened(browser, report, tmp_path, click)
-    assert 'data-once="5.130 8.310 9.740 11.900"' in dom
-    assert 'data-twice="11.900 9.740 8.310 5.130"' in dom
+    dom = opened(browser, report, tmp_path, sort)
+    assert 'data-once="ascending: 5.130 8.310 9.740 11.900"' in dom
+    assert 'data-twice="descending: 11.900 9.740 8.310 5.130"' in dom
+    assert 'data-reached="true"' in dom
 
 
 def test_controls_answer(browser, report, tmp_path):
@@ -197,17 +234,36 @@ def test_controls_answer(browser, report, tmp_path):
       const last = book.querySelector('img').src;
       slider.value = 0; slider.dispatchEvent(new Event('input'));
       say('step', book.querySelector('output').textContent); say('turned', book.querySelector('img').src !== last);
+      say('together', new Set([...book.parentElement.querySelectorAll('output')].map((o) => o.textContent)).size);
+      const plane = document.querySelector('.plane'), marks = () => plane.querySelector('.mark').getAttribute('transform');
+      const calls = marks(), title = () => [...plane.querySelectorAll('.axis-title')].map((t) => t.textContent).join(' / ');
+      say('axes', title());
+      plane.querySelector('[data-of=x] [data-metric="1"]').click();
+      plane.querySelector('[data-of=y] [data-metric="1"]').click();
+      say('other', title()); say('moved', marks() !== calls);
+      const near = plane.querySelector('.mark').getBoundingClientRect();
+      const at = { clientX: near.left + 4, clientY: near.top + 4 };
+      plane.querySelector('svg').dispatchEvent(new PointerEvent('pointermove', at));
+      say('point', plane.querySelector('.tip').textContent);
+      const dark = () => getComputedStyle(document.body).backgroundColor;
+      const light = dark(), theme = document.querySelector('#theme');
+      theme.click(); say('dark', dark() !== light); say('theme', document.documentElement.dataset.theme);
+      say('offer', theme.getAttribute('aria-label')); theme.click(); say('again', dark() === light);
       document.querySelector('.protocol-id').click(); say('open', document.querySelectorAll('.protocol[open]').length);
       const svg = document.querySelector('.chart svg'), box = svg.getBoundingClientRect();
       svg.dispatchEvent(new PointerEvent('pointermove', { clientX: box.right, clientY: box.top + 50 }));
-      say('tip', document.querySelector('.tip').textContent);
+      say('tip', document.querySelector('.chart .tip').textContent);
     """
     dom = opened(browser, report, tmp_path, use)
     seen = dict(re.findall(r' data-(\w+)="([^"]*)"', re.search(r"<body[^>]*>", dom)[0]))
     assert int(seen["hidden"]) >= 10
     assert seen["back"] == "0"
     assert (seen["axis"], seen["raw"], seen["turned"], seen["open"]) == ("true", "true", "true", "1")
-    assert seen["step"] == "step 400"
+    assert (seen["step"], seen["together"]) == ("step 400", "1")
+    assert (seen["dark"], seen["theme"], seen["offer"], seen["again"]) == ("true", "dark", "switch to light", "true")
+    assert seen["axes"] == "FD, classifier ↓ lower is better / Network calls / image →"
+    assert (seen["other"], seen["moved"]) == ("Class accuracy ↑ higher is better / Seconds / image →", "true")
+    assert seen["point"].startswith("digits-gpt · guidance 1")
     assert seen["tip"].startswith("samples 128\u2009000")
     assert "digits-vqgan-wide" in seen["tip"]
 
@@ -219,15 +275,17 @@ def test_the_page_fits_and_can_be_looked_at(browser, report, tmp_path, width, da
     from PIL import Image
 
     page = tmp_path / "frame.html"
-    style = f"body{{margin:0}}iframe{{border:0;width:{width}px;height:2400px}}"
+    style = f"body{{margin:0}}iframe{{border:0;width:{width}px;height:{TALL}px}}"
     page.write_text(f'<style>{style}</style><iframe src="{report.as_uri()}"></iframe>')
     shot = tmp_path / "shot.png"
     scheme = ["--blink-settings=preferredColorScheme=0"] if dark else []
-    run_browser(browser, page, tmp_path, f"--screenshot={shot}", f"--window-size={width},2400", *scheme)
+    run_browser(browser, page, tmp_path, f"--screenshot={shot}", f"--window-size={width},{TALL}", *scheme)
     with Image.open(shot) as picture:
-        pixels = picture.convert("L").crop((0, 0, width, 2400))
+        pixels = picture.convert("L").crop((0, 0, width, TALL))
     assert (pixels.getpixel((3, 300)) < 60) == dark
-    assert len(set(pixels.resize((100, 600)).get_flattened_data())) > 40
+    for top in range(0, TALL, TALL // 4):
+        part = pixels.crop((0, top, width, top + TALL // 4)).resize((100, 300))
+        assert len(set(part.get_flattened_data())) > 30, f"hardly anything is seen below {top}"
     check = "document.body.dataset.wide = document.documentElement.scrollWidth > innerWidth;"
     inner = tmp_path / "inner.html"
     inner.write_text(

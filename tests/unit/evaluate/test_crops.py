@@ -111,5 +111,5 @@ def test_crops_without_their_picture_are_told(tmp_path, capsys):
 
 def test_pictures_of_evaluations_are_shown_but_not_the_sheet_of_crops(tmp_path):
     crops = run_of(tmp_path / "vqgan", "vqgan")
-    crops.draw(tmp_path / "vqgan" / "evaluation" / "prefixes-1_curves.png")
-    assert [path.name for path in read_run(tmp_path / "vqgan").pictures] == ["prefixes-1_curves.png"]
+    crops.draw(tmp_path / "vqgan" / "evaluation" / "prefixes-1_images.png")
+    assert [path.name for path in read_run(tmp_path / "vqgan").pictures] == ["prefixes-1_images.png"]

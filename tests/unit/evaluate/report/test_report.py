@@ -1,12 +1,14 @@
 import json
+import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from tokar.errors import UserError
-from tokar.evaluate.images import save_grid
+from tokar.evaluate.images import Picture, save_grid
 from tokar.evaluate.protocol import Result
-from tokar.evaluate.report import curves, names, pictures, tables, write_report
+from tokar.evaluate.report import buildup, curves, gallery, heat, names, orders, pictures, plane, tables, usage, write_report
 from tokar.evaluate.report.markup import Markup, tag
 from tokar.evaluate.report.runs import read_run, read_runs
 
@@ -44,11 +46,10 @@ def test_names_are_as_short_as_they_can_be(tmp_path):
         read_runs([tmp_path / "a" / "seed0"] * 2)
 
 
-def test_colours_tell_runs_of_one_stage_apart(tmp_path):
-    runs = read_runs(
-        [make(tmp_path / name, stage) for name, stage in (("a", "tokenizer"), ("b", "generator"), ("c", "tokenizer"))]
-    )
-    assert [run.colour for run in runs] == [0, 0, 1]
+def test_colours_tell_runs_of_one_stage_and_all_that_sample_apart(tmp_path):
+    stages = ["tokenizer", "generator", "tokenizer", "distill", "dd2"]
+    runs = read_runs([make(tmp_path / f"{number}", stage) for number, stage in enumerate(stages)])
+    assert [run.colour for run in runs] == [0, 0, 1, 1, 2]
 
 
 def test_a_resumed_run_counts_each_step_once_and_tells_of_broken_lines(tmp_path):
@@ -249,6 +250,105 @@ def test_pictures_are_ordered_thinned_and_carried_along(tmp_path):
 
 def test_a_large_picture_becomes_a_jpeg(tmp_path):
     noise = torch.randint(0, 256, (1, 500, 500, 3), dtype=torch.uint8)
-    uri, size = pictures.embed(save_grid(noise, tmp_path / "large.png"))
+    picture = Picture(noise, columns=["<all>"], note="noise").save(tmp_path / "large.png")
+    uri, size, told = pictures.embed(picture)
     assert uri.startswith("data:image/jpeg;base64,")
     assert size == (500, 500)
+    assert told == {"columns": ["<all>"], "note": "noise"}
+
+
+# ---- build-up, orders, codebooks, the plane ----
+
+
+def test_pictures_of_one_name_stand_together_and_say_what_may_be_compared(tmp_path):
+    tile = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
+    folders = [make(tmp_path / name, "generator", extra="seed: 3\nsampling: {guidance: 2.0}") for name in ("a", "b")]
+    for folder in folders:
+        save_grid(tile, folder / "samples" / "step-00000010-samples.png")
+        Picture(tile, ["4 · scale0", "<20>"], "grey: to come").save(folder / "samples" / "step-00000010-partial.png")
+    found = gallery.groups(read_runs(folders))
+    whole, parts = gallery.finished(found), gallery.partial(found, Markup("curves"))
+    assert "the same classes and seed (3) in the same places" in whole
+    assert (whole.count("<figure"), parts.count("<figure")) == (2, 2)
+    assert "<span>4 · scale0</span><span>&lt;20&gt;</span>" in parts
+    assert "grey: to come" in parts
+    assert parts.endswith("curves")
+    assert gallery.partial({}, Markup("")) == ""
+
+
+def test_prefixes_are_rows_of_a_table_and_a_curve_over_tokens(tmp_path):
+    numbers = {f"first {k}/{metric}": value * k for k in (1, 4, 16) for metric, value in (("psnr", 2.0), ("ssim", 0.01))}
+    runs = read_runs([with_results(make(tmp_path / "run"), Result("prefixes", numbers, {"count": 9}))])
+    charts = buildup.charts(runs)
+    assert [(chart["key"], chart["x"], chart["series"][0]["step"]) for chart in charts] == [
+        ("psnr", "tokens", [1, 4, 16]),
+        ("ssim", "tokens", [1, 4, 16]),
+    ]
+    html = tables.results(runs)
+    assert re.findall(r"<td>(first \d+)</td>", html) == ["first 1", "first 4", "first 16"]
+    assert "9 images" not in html
+    assert re.findall(r"<h2>([\w-]+)</h2>", write_report([tmp_path / "run"], tmp_path / "r.html").read_text())[2] == "Build-up"
+
+
+def test_an_order_is_drawn_with_the_step_of_each_token(tmp_path):
+    folder = make(tmp_path / "run", "generator")
+    streams = [{"name": "patch", "grid": [2, 3], "revealed_at": [0, 2, 1, 0, 2, 1]}]
+    (folder / "plan.json").write_text(json.dumps({"format": 1, "n_units": 3, "streams": streams}))
+    row = {"name": "row", "grid": None, "revealed_at": list(range(40))}
+    (make(tmp_path / "other", "generator") / "plan.json").write_text(json.dumps({"format": 1, "n_units": 40, "streams": [row]}))
+    html = orders.section(read_runs([folder, tmp_path / "other"]))
+    first, second = html.split("</figure>")[:2]
+    assert re.findall(r">(\d+)</text>", first) == ["1", "3", "2", "1", "3", "2"]
+    assert "3 steps for 6 tokens" in first
+    assert len(re.findall("<rect", second)) == 40
+    assert "40 tokens in a row" in second
+    (folder / "plan.json").write_text('{"format": 1, "n_units": "many", "streams": []}')
+    assert read_run(folder).notes == ["plan.json left out: no readable plan"]
+
+
+def test_a_codebook_map_shows_what_is_never_used(tmp_path):
+    folder = make(tmp_path / "run")
+    counts = np.array([0, 8, 8, 16, 0])
+    np.savez(
+        folder / "codes.npz", codes=counts, codes_scale0=np.array([0, 0, 0, 4, 0]), codes_scale1=np.array([0, 8, 8, 12, 0])
+    )
+    run = read_run(folder)
+    pixels = usage.codebook_map(usage.pooled(run.counts)).reshape(-1, 4)
+    unused = [tuple(pixel[:3]) == heat.UNUSED for pixel in pixels]
+    assert unused == [True, False, False, False, True, False]
+    assert pixels[:, 3].tolist() == [255] * 5 + [0]
+    assert usage.statistics(counts) == (0.6, pytest.approx(math.exp(1.5 * math.log(2))))
+    (chart,) = usage.charts([run])
+    assert chart["series"][0] | {"samples": 0} == {
+        "run": 0, "split": "", "step": [0.2, 0.4, 0.6], "samples": 0, "y": [2.5, 1.25, 1.25]
+    }  # fmt: skip
+    html = usage.section([run], Markup(""))
+    assert "3 of 5 codes" in html
+    assert re.findall(r"width:([\d.]+)%", html) == ["20.0", "60.0"]
+    (folder / "codes.npz").write_bytes(b"no archive")
+    assert read_run(folder).notes == ["codes.npz left out: no readable counts"]
+
+
+def test_every_sampler_and_student_is_a_point_of_its_protocol(tmp_path):
+    generator = with_results(
+        make(tmp_path / "gpt", "generator"),
+        *(Result("generation", {"fd_classifier": 9.0 / g, "network_calls": 16}, {"count": 9}, {"guidance": g}) for g in (1, 2)),
+        Result("generation", {"fd_classifier": 5.0, "network_calls": 16}, {"count": 5}),
+    )
+    ways = [("teacher", 1.0, 32), ("DD1, 1 step", 3.0, 1), ("free", 4.0, 0)]
+    student = with_results(
+        make(tmp_path / "student", "distill"),
+        *(
+            Result("distillation", {"fd_classifier": fd, "network_evaluations": calls}, {"count": 7}, {"way": way, "seed": 0})
+            for way, fd, calls in ways
+        ),
+        Result("table", {f"{way}/{key}": 1.0 for way in ("a", "b") for key in ("class_accuracy", "ms_1")}, {"count": 8}),
+    )
+    found = plane.planes(read_runs([generator, student]))
+    assert [[(point["name"], point["colour"]) for point in each["points"]] for each in found] == [
+        [("gpt · guidance 1", 0), ("gpt · guidance 2", 0)],
+        [("teacher", 0), ("DD1, 1 step", 1)],  # what costs nothing has no place on a logarithmic axis
+        [("a", 0), ("b", 1)],
+    ]
+    assert found[0]["x"] == [{"key": "network_calls", "title": "Network calls / image"}]
+    assert [metric["better"] for each in found for metric in each["y"]] == ["↓", "↓", "↑"]
