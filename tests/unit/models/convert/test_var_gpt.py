@@ -73,12 +73,13 @@ def test_parity_with_the_original(shared_parity: Path) -> None:
 
 
 def test_parity_fails_on_other_weights(shared_parity: Path, tmp_path: Path) -> None:
-    """Every tensor matters: one changed a little moves the logits past the tolerance."""
+    """Every tensor of a kind matters: one changed a little moves the logits past the tolerance."""
     with safe_open(shared_parity / "var.safetensors", "pt") as content:
         tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
         metadata = content.metadata()
     derived = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")
-    for name in [name for name in tensors if name.startswith("var.") and not name.endswith(derived)]:
+    ours = [name for name in tensors if name.startswith("var.") and not name.endswith(derived)]
+    for name in [name for name in ours if ".blocks." not in name or ".blocks.0." in name]:
         noise = 0.1 * torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(0))
         save_file(
             {**tensors, name: (tensors[name] + noise).to(tensors[name].dtype)}, tmp_path / "changed.safetensors", metadata

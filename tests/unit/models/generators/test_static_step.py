@@ -47,10 +47,3 @@ def test_traced_as_one_graph_it_draws_the_same(kind: str, monkeypatch: pytest.Mo
     generator = make(kind)
     assert torch.equal(drawn(generator, True), drawn(generator, False))
     assert len(steps) >= generator.plan.n_units - 1
-
-
-@pytest.mark.slow
-def test_compiled_it_draws_the_same() -> None:
-    torch._dynamo.reset()
-    generator = make("scales")
-    assert torch.equal(drawn(generator, True), drawn(generator, False))

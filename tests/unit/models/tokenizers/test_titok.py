@@ -174,7 +174,7 @@ def test_autocast_keeps_the_quantizer_in_float32(model, image):
 def test_compiles_to_one_graph(head, image):
     torch._dynamo.reset()
     model = awake(TiTok(**parts(head))).eval()
-    ours, plain = torch.compile(model, fullgraph=True, backend="aot_eager")(image), model(image)
+    ours, plain = torch.compile(model, fullgraph=True, backend="eager")(image), model(image)
     assert torch.equal(ours.codes, plain.codes)
     torch.testing.assert_close(ours.reconstruction, plain.reconstruction)
 
