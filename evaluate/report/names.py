@@ -23,8 +23,6 @@ LABELS = {
     "tflops": "TFLOP/s",
     "mfu": "MFU",
     "save_stall_ms": "save stall, ms",
-    "kid": "KID",
-    "inception_score": "Inception score",
     "codes/usage": "codebook usage",
     "codes/perplexity": "codebook perplexity",
     "images_per_s": "images / s",
@@ -42,10 +40,10 @@ LABELS = {
 }
 COSTS = ("evaluations", "network_calls", "depth", "seconds", "ms_")
 """Parts of the names of what an image costs."""
-LOWER = ("fd_", "lpips", "mse", "loss", "error", "cross_entropy", "bits_per", "data_wait", "step_ms", "stall_ms", *COSTS)
-TELLING = ("psnr", "accuracy", "fd_", "ssim", "usage", "loss")
 SPEEDS = ("images_per_s", "times_as_fast")
-HIGHER = ("psnr", "ssim", "accuracy", "usage", "perplexity", *SPEEDS)
+LOWER = ("fd_", "lpips", "mse", "loss", "error", "cross_entropy", "bits_per", "data_wait", "step_ms", *COSTS)
+TELLING = ("psnr", "accuracy", "fd_", "ssim", "usage", "loss")
+HIGHER = ("psnr", "ssim", "accuracy", "usage", "perplexity", "images_per_s", "times_as_fast")
 
 
 def label(key: str) -> str:
