@@ -21,7 +21,7 @@ def text(value: object) -> Markup:
 
 def breakable(name: str) -> Markup:
     """A name that may go on in the next line behind the marks between its parts."""
-    return Markup(re.sub("([_/=,-])", r"\1<wbr>", text(name)))
+    return Markup(re.sub("([_./=,-])", r"\1<wbr>", text(name)))
 
 
 def join(parts: object) -> Markup:

@@ -19,6 +19,10 @@ LABELS = {
     "lr": "learning rate",
     "lr_factor": "learning rate factor",
     "memory_mib": "memory, MiB",
+    "memory_now_mib": "memory now, MiB",
+    "tflops": "TFLOP/s",
+    "mfu": "MFU",
+    "save_stall_ms": "save stall, ms",
     "codes/usage": "codebook usage",
     "codes/perplexity": "codebook perplexity",
     "images_per_s": "images / s",
@@ -36,6 +40,7 @@ LABELS = {
 }
 COSTS = ("evaluations", "network_calls", "depth", "seconds", "ms_")
 """Parts of the names of what an image costs."""
+SPEEDS = ("images_per_s", "times_as_fast")
 LOWER = ("fd_", "lpips", "mse", "loss", "error", "cross_entropy", "bits_per", "data_wait", "step_ms", *COSTS)
 TELLING = ("psnr", "accuracy", "fd_", "ssim", "usage", "loss")
 HIGHER = ("psnr", "ssim", "accuracy", "usage", "perplexity", "images_per_s", "times_as_fast")
@@ -61,6 +66,11 @@ def better(key: str) -> str:
 def is_cost(key: str) -> bool:
     """Whether a metric says what an image costs."""
     return any(part in key.rsplit("/", 1)[-1] for part in COSTS)
+
+
+def is_quality(key: str) -> bool:
+    """Whether a metric says how good images are, and which end is the good one."""
+    return bool(better(key)) and not is_cost(key) and not any(part in key for part in SPEEDS)
 
 
 def rank(key: str) -> int:

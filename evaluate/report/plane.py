@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .markup import Markup, join, tag
-from .names import better, is_cost, label, rank
+from .names import better, is_cost, is_quality, label, rank
 from .runs import Run
 from .tables import WAY, Entry, rows_of, swatch, telling
 
@@ -45,7 +45,7 @@ def _costs(values: Mapping[str, float]) -> list[str]:
 
 
 def _qualities(values: Mapping[str, float]) -> list[str]:
-    return [key for key in values if better(key) and not is_cost(key)]
+    return [key for key in values if is_quality(key)]
 
 
 def _plane(protocol: str, found: Sequence[Point]) -> dict[str, Any]:

@@ -270,7 +270,8 @@ def _columns(runs: Sequence[Run], facts: Any, name: str) -> Markup:
     for key in keys:
         cells = [_plain(column[key]) if key in column else "–" for column in values]
         differs = "differs" if name and len(set(cells)) > 1 else None
-        rows.append(tag("tr", tag("th", key, scope="row"), *(tag("td", cell) for cell in cells), class_=differs))
+        name_of_row = tag("th", breakable(key), scope="row")
+        rows.append(tag("tr", name_of_row, *(tag("td", cell) for cell in cells), class_=differs))
     return tag("div", tag("table", tag("thead", head), tag("tbody", *rows), class_=f"plain {name}".strip()), class_="scroll")
 
 

@@ -1,9 +1,11 @@
 """Next-scale through the one generator stage: on the fly and from shards, pictures while training, exact resume, sampling."""
 
 import json
+import re
 
 import numpy as np
 import pytest
+from tokar.evaluate.report import write_report
 
 TOKENIZERS = {
     "multiscale": [
@@ -62,6 +64,16 @@ def test_it_trains_draws_and_says_its_kernel(runs):
     assert all(np.isfinite(line["train/loss"]) for line in metrics if "train/loss" in line)
     assert any("val/bits_per_token" in line for line in metrics)
     assert len(list((folder / "straight" / "samples").glob("*-samples.png"))) == 2
+
+
+def test_their_report_shows_the_order_the_codes_and_how_images_build_up(runs):
+    _, folder, _, _ = runs
+    page = write_report([folder / "straight", folder / "tokenizer"], folder / "report.html").read_text()
+    headings = re.findall(r"<h2>([^<]+)</h2>", page)
+    assert {"Images", "Build-up", "Order", "Codebook"} <= set(headings)
+    assert "left out" not in page
+    assert len(re.findall(r"\d+ · scale\d", page)) >= 6  # columns of both runs
+    assert "Codes in use" in page
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(runs, digits):

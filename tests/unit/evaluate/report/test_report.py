@@ -339,7 +339,9 @@ def test_every_sampler_and_student_is_a_point_of_its_protocol(tmp_path):
     student = with_results(
         make(tmp_path / "student", "distill"),
         *(
-            Result("distillation", {"fd_classifier": fd, "network_evaluations": calls}, {"count": 7}, {"way": way, "seed": 0})
+            Result(
+                "distillation", {"fd_classifier": fd, "evaluations": calls, "times_as_fast": 2.0}, {"count": 7}, {"way": way}
+            )
             for way, fd, calls in ways
         ),
         Result("table", {f"{way}/{key}": 1.0 for way in ("a", "b") for key in ("class_accuracy", "ms_1")}, {"count": 8}),
