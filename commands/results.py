@@ -69,7 +69,7 @@ def _probe(arguments: Arguments) -> int:
 
 
 def _report(arguments: Arguments) -> int:
-    from ..evaluate.report import write_report
+    from ..evaluate.report.page import write_report
 
     runs = [Path(run) for run in arguments.runs]
     out = Path(arguments.out) if arguments.out else (runs[0] if len(runs) == 1 else Path()) / "report.html"

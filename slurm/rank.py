@@ -83,7 +83,7 @@ def _leave(number: int, frame: object) -> None:
 
 
 def _report(words: Sequence[str]) -> int:
-    from ..evaluate.report import write_report
+    from ..evaluate.report.page import write_report
 
     *runs, out = words
     sys.stdout.write(f"{write_report([Path(run) for run in runs], Path(out))}\n")

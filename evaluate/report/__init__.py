@@ -1,3 +1,1 @@
-"""The report page: `write_report(runs, out)`."""
-
-from .page import write_report as write_report
+"""The report page: `page.write_report(runs, out)`. What reads runs is light: a sweep asks for it again and again."""

@@ -7,15 +7,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
-import numpy as np
-from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from ...errors import UserError
 from ..protocol import Result
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 CONFIG, ENVIRONMENT, METRICS, TIMING = "config.yaml", "environment.json", "metrics.jsonl", "timing.jsonl"
 DRAWN_HERE = ("_crops", "_curves", "_speed_and_quality")
@@ -169,6 +171,8 @@ def _read_counts(run: Run) -> None:
     path = run.folder / CODES
     if not path.exists():
         return
+    import numpy as np
+
     try:
         with np.load(path) as counts:
             run.counts = {name: counts[name] for name in counts.files if counts[name].any()}

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from tokar.evaluate.report import write_report
+from tokar.evaluate.report.page import write_report
 
 TOKENIZERS = {
     "multiscale": [

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tokar.evaluate.images import Picture, save_grid
 from tokar.evaluate.protocol import Result
-from tokar.evaluate.report import write_report
+from tokar.evaluate.report.page import write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",

@@ -7,7 +7,7 @@ from tiny_tokenizers import tiny
 from tokar.errors import UserError
 from tokar.evaluate.crops import DETAILS, busiest, crop_side, detail_energy, evaluate_crops, text_images
 from tokar.evaluate.protocol import Result
-from tokar.evaluate.report import write_report
+from tokar.evaluate.report.page import write_report
 from tokar.evaluate.report.runs import read_run
 
 

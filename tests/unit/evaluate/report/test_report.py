@@ -8,8 +8,9 @@ import torch
 from tokar.errors import UserError
 from tokar.evaluate.images import Picture, save_grid
 from tokar.evaluate.protocol import Result
-from tokar.evaluate.report import buildup, curves, gallery, heat, names, orders, pictures, plane, tables, usage, write_report
+from tokar.evaluate.report import buildup, curves, gallery, heat, names, orders, pictures, plane, tables, usage
 from tokar.evaluate.report.markup import Markup, tag
+from tokar.evaluate.report.page import write_report
 from tokar.evaluate.report.runs import read_run, read_runs
 
 
