@@ -186,7 +186,7 @@ class Compare(Measured):
     stage: Literal["compare"]
     model: Text = Field(description="the teacher: a generator run, checkpoint or exported model")
     student: Text | None = Field(None, description="run of `tokar train distill`; null: none to compare")
-    dd2: Text | None = Field(None, description="run of `tokar train dd2`; null: none to compare")
+    dd2: Text | None = Field(None, description="run of `tokar train dd2` (or diffusion); null: none to compare")
     skip: PositiveInt | None = Field(None, description="units that the teacher leaves out at the end; null: half of them")
     keep: NonNegativeInt | None = Field(
         None, description="units of the student's first step that stay when the teacher helps; null: half of those of its last"

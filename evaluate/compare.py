@@ -21,7 +21,8 @@ from ..data.progress import progress_bar
 from ..errors import UserError
 from ..models.build import pick_device, weights_hash
 from ..models.distill.codebook import codebook_of, nearest
-from ..models.distill.distilled import Ask, Helper
+from ..models.distill.distilled import Ask, Distilled, Helper
+from ..models.distill.one_step import OneStepGenerator
 from ..models.distill.student import Student
 from ..models.distill.trajectory import distributions
 from ..models.open import OpenedDistilled, OpenedGenerator, open_distilled
@@ -107,8 +108,7 @@ class Contest(Setting):
         found: dict[str, Way] = {}
         for place in filter(None, (self.config.student, self.config.dd2)):
             opened = self._opened(Path(place))
-            asks = self._asks_of_student(opened.model) if isinstance(opened.model, Student) else {"DD2, 1 step": Ask()}
-            found |= {name: distilled_way(opened, self.config.seed, ask) for name, ask in asks.items()}
+            found |= {name: distilled_way(opened, self.config.seed, ask) for name, ask in self._asks(opened.model).items()}
         return found
 
     def _opened(self, place: Path) -> OpenedDistilled:
@@ -123,9 +123,11 @@ class Contest(Setting):
             )
         return opened
 
-    def _asks_of_student(self, student: Student) -> dict[str, Ask]:
-        """One step, all that it was trained for, and those with its teacher's help."""
-        steps = student.timesteps
+    def _asks(self, model: Distilled) -> dict[str, Ask]:
+        """Of a student one step, all that it was trained for, and those with its teacher's help; of others what they do."""
+        if not isinstance(model, Student):
+            return {"DD2, 1 step" if isinstance(model, OneStepGenerator) else "diffusion, token by token": Ask()}
+        steps = model.timesteps
         found = {"DD1, 1 step": Ask(steps=[0])}
         if len(steps) > 1:
             keep = steps[-1] // 2 if self.config.keep is None else self.config.keep
