@@ -1,6 +1,7 @@
 """`tokar bench` measures what it says, compares fast paths with their twins, and writes JSON."""
 
 import json
+import re
 
 import pytest
 
@@ -15,11 +16,12 @@ SMALL = [
 
 
 def test_a_bench_of_everything(start, digits, tmp_path):
-    command = start(tmp_path, "bench", f"data.path={digits}", *SMALL)
+    command = start(tmp_path, "bench", f"data.path={digits}", *SMALL, "--profile")
     assert command.wait() == 0, command.log.read_text()
     written = json.loads((tmp_path / "bench.json").read_text())
     assert set(written["rows"]) == {
-        "loader", "tokenizer", "generator", "sampler", "scales", "blocks", "attention", "quantizer",
+        "loader", "encode", "tokenizer", "generator", "sampler", "scales", "blocks", "student", "attention", "checkpoint",
+        "start", "quantizer",
     }  # fmt: skip
     assert {"device", "threads", "versions", "commit", "config"} <= set(written)
     rows = written["rows"]
@@ -29,12 +31,21 @@ def test_a_bench_of_everything(start, digits, tmp_path):
     assert rows["generator"]["held_mib"] == pytest.approx(rows["generator"]["paper_mib"], rel=0.1)
     assert rows["blocks"]["steps2_ratio"] == rows["blocks"]["steps2_images_per_s"] / rows["blocks"]["next_token_images_per_s"]
     assert [rows["blocks"][f"steps{steps}_calls"] for steps in (1, 2, 4, 8)] == [2, 3, 5, 9]  # one block, and the class
+    assert rows["student"]["ratio"] == rows["student"]["images_per_s"] / rows["student"]["teacher_images_per_s"]
+    assert 0 < rows["checkpoint"]["async_stall_ms"] < rows["checkpoint"]["async_written_ms"]
+    for what in ("encode", "tokenizer", "generator", "sampler", "scales", "blocks", "student"):
+        row = rows[what]
+        assert row["tflops"] == pytest.approx(row["gflop_per_image"] * row["images_per_s"] / 1000)
+        assert {"mfu", "step_ms", "tokens_per_s"} <= set(row)
+        assert (tmp_path / f"profile/{what}-rank-0.json.gz").stat().st_size > 1000
+        assert "aten::" in (tmp_path / f"profile/{what}-rank-0.txt").read_text()
     for row in rows.values():
         assert row["memory_mib"] > 0
         assert all(value > 0 for value in row.values())
     table = command.log.read_text()
     assert "webdataset_images_per_s" in table
     assert "cached_images_per_s" in table
+    assert re.search(r"^ +ms a call +images/s +tokens/s +GFLOP/image +TFLOP/s +MFU +MiB +ratio$", table, re.MULTILINE)
 
 
 def test_what_cannot_be_measured_is_told(start, digits, tmp_path):
