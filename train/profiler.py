@@ -150,7 +150,10 @@ def allocated_peak(work: Callable[[], Found]) -> tuple[Found, int]:
     """What `work` returns, and the most bytes that torch's CPU allocator held for it at once, whoever asked for them.
 
     Exact where the process's resident set is not: neither the interpreter nor what the allocator keeps for later counts.
+    Under another profiler it is 0: torch has one at a time, and a second ends the process.
     """
+    if torch.autograd._profiler_enabled():
+        return work(), 0
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         result = work()
     assert watched.profiler is not None

@@ -29,11 +29,13 @@ DATA = {
 }
 """The small experiments, and the images that they learn."""
 REFRESH = os.environ.get("TOKAR_REFRESH") == "1"
-TOLERANCES = {"tokenizer": 1e-2, "classifier": 1e-5, "generator": 1e-5, "distill": 1e-5, "diffusion": 1e-4, "dd2": 1e-3}
-"""Relative, by stage. Between the widest and the oldest instruction set of one CPU (ATEN_CPU_CAPABILITY=default
-DNNL_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2) classifiers, transformers and students were seen to differ by 2e-7 within
-these steps, and a VQ-GAN by 1e-5 until its discriminator begins and 9e-4 after: there the weight of a loss is a ratio of
-gradients. For comparison: batches of 16 in place of 8 moved every row of the classifier by 16 % and more."""
+TOLERANCES = {"tokenizer": 1e-2}
+"""Relative, by stage; `TOLERANCE` of the others. Between the widest and the oldest instruction set of one CPU
+(ATEN_CPU_CAPABILITY=default DNNL_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2) classifiers, transformers and students
+were seen to differ by 2e-7 within these steps, and a VQ-GAN by 1e-5 until its discriminator begins and 9e-4 after:
+there the weight of a loss is a ratio of gradients. For comparison: batches of 16 in place of 8 moved every row of a classifier
+by 16 % and more."""
+TOLERANCE = 1e-4
 MAIN = "import shlex, sys; from tokar.cli import main; sys.exit(any(main(shlex.split(line)[1:]) for line in sys.stdin))"
 """Commands line by line until one fails, in one process: the imports cost as much as a curve."""
 
@@ -102,7 +104,7 @@ def test_the_losses_are_the_golden_ones(runs, name):
         write(HERE / f"{name}.txt", rows)
     kept = read(HERE / f"{name}.txt")
     assert [row[0] for row in rows] == [row[0] for row in kept]
-    tolerance = TOLERANCES[COMMANDS[name].split()[2]]
+    tolerance = TOLERANCES.get(COMMANDS[name].split()[2], TOLERANCE)
     assert rows == [pytest.approx(row, rel=tolerance) for row in kept]
 
 
