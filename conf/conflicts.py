@@ -24,7 +24,7 @@ def conflicts(config: Any) -> Iterator[str]:
     if strategy is not None:
         yield from _strategy_conflicts(strategy)
     profile = getattr(config, "profile", None)
-    if profile is not None and profile.every is not None and profile.every < profile.steps:
+    if not isinstance(profile, bool | None) and profile.every is not None and profile.every < profile.steps:
         yield f"profile.every: a window of {profile.steps} steps is not over by then; raise it to {profile.steps} or more"
 
 

@@ -211,6 +211,7 @@ class Bench(TokenizerParts):
     batch_size: PositiveInt = Field(description="of training steps")
     sample_batch: PositiveInt = Field(description="of sampling")
     seconds: PositiveFloat = Field(description="measured for each row, after a warm-up")
+    profile: bool = Field(False, description="also trace each row with torch's profiler, into profile/ beside the JSON file")
     out: Text = Field(description="JSON file")
 
 

@@ -17,18 +17,24 @@ from ..data.files import check_place
 from ..errors import UserError, nearest
 from ..evaluate.console import say, table
 from ..evaluate.protocol import versions, write_whole
-from ..evaluate.stopwatch import per_second
-from .bench_generators import Row, bench_attention, bench_blocks, bench_sampler, bench_scales, layout_of
+from .bench_generators import bench_attention, bench_blocks, bench_sampler, bench_scales, layout_of
+from .bench_measure import measure
 from .bench_quantizer import bench_quantizer
 from .bench_strategies import bench_generator, bench_strategies
+from .bench_table import Row, columns_of, overview
+from .bench_waits import bench_checkpoint, bench_encode, bench_start, bench_student
 from .clock import Clock
 from .folder import code_state
 from .network import Network
+from .profiler import profiled
 from .randomness import seed_step
 from .stages import check_image_size
 from .strategy import Workers
 from .telemetry import forget_peak, memory
 from .tokenizer import TokenizerStage
+
+SHORT = 1e-3
+"""Seconds of each measurement under the profiler: the fewest calls."""
 
 
 def bench(whats: Sequence[str], overrides: Sequence[str]) -> int:
@@ -51,8 +57,11 @@ def bench(whats: Sequence[str], overrides: Sequence[str]) -> int:
         rows[what] = {**measured, **memory(workers.device)}
         if workers.rank == 0:
             say(table(what, rows[what]))
+        if config.profile:
+            say(_profile(what, config, workers, path.parent / "profile"))
     if workers.rank != 0:
         return 0
+    say(columns_of(overview(rows)))
     commit, _ = code_state()
     facts = {
         "device": _device_name(workers.device),
@@ -63,6 +72,13 @@ def bench(whats: Sequence[str], overrides: Sequence[str]) -> int:
     write_whole(path, (json.dumps({**facts, "config": config.model_dump(), "rows": rows}, indent=1) + "\n").encode())
     say(f"written to {path}")
     return 0
+
+
+def _profile(what: str, config: Bench, workers: Workers, folder: Path) -> str:
+    """Measure once more under the profiler; says where trace and table lie."""
+    again, place = config.model_copy(update={"seconds": SHORT}), folder / f"{what}-rank-{workers.rank}"
+    profiled(lambda: BENCHES[what](again, workers), place, workers.device)
+    return f"{place}.txt: the dearest operations of {what}; {place.name}.json.gz: the trace, for Perfetto"
 
 
 def bench_loader(config: Bench, workers: Workers) -> Row:
@@ -81,8 +97,12 @@ def bench_tokenizer(config: Bench, workers: Workers) -> Row:
     size = (config.batch_size, config.data.image_size, config.data.image_size, 3)
     batch = {"image": torch.randint(0, 256, size, dtype=torch.uint8, device=workers.device)}
     clock = Clock(10**9, 0, 2 * 10**9, config.batch_size, 10**6)  # past every start step
-    rate = per_second(lambda: _train_step(stage.step, batch, clock, networks), config.seconds, workers.device)
-    return {"step_ms": 1000 / rate, "steps_per_s": rate, "images_per_s": rate * config.batch_size}
+    tokens = stage.tokenizer.layout.total_tokens
+
+    def step() -> None:
+        _train_step(stage.step, batch, clock, networks)
+
+    return measure(config, workers, step, images=config.batch_size, tokens=tokens)
 
 
 def bench_search(config: Bench, workers: Workers) -> Row:
@@ -93,12 +113,16 @@ def bench_search(config: Bench, workers: Workers) -> Row:
 
 BENCHES: dict[str, Callable[[Bench, Workers], Row]] = {
     "loader": bench_loader,
+    "encode": bench_encode,
     "tokenizer": bench_tokenizer,
     "generator": bench_generator,
     "sampler": bench_sampler,
     "scales": bench_scales,
     "blocks": bench_blocks,
+    "student": bench_student,
     "attention": bench_attention,
+    "checkpoint": bench_checkpoint,
+    "start": bench_start,
     "quantizer": bench_search,
 }
 

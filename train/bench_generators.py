@@ -24,10 +24,11 @@ from ..models.tokenizers.conv import ConvDecoder, ConvEncoder
 from ..models.tokenizers.layout import TokenLayout
 from ..models.tokenizers.multiscale import MultiScaleVQ
 from ..models.tokenizers.multiscale_quantizer import MultiScaleQuantizer
+from .bench_measure import measure
+from .bench_table import Row
 from .stages import fill, sizes_of
 from .strategy import Workers
 
-Row = dict[str, float]
 VAR_SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 BLOCK, BLOCK_STEPS = 16, (1, 2, 4, 8)
 
@@ -39,20 +40,21 @@ def bench_sampler(config: Bench, workers: Workers) -> Row:
     sampling = config.sampling.model_dump(exclude={"cache"})
     codes: dict[bool, Tensor] = {}
 
-    def speed(cache: bool) -> float:
+    def row(cache: bool) -> Row:
         def draw() -> None:
             codes[cache] = sample(generator, labels, seed=0, cache=cache, **sampling)
 
-        return per_second(draw, config.seconds, workers.device) * config.sample_batch
+        return measure(config, workers, draw, images=config.sample_batch, tokens=generator.plan.n_tokens)
 
-    cached, uncached = speed(True), speed(False)
+    fast, slow = row(True), row(False)
+    cached, uncached = fast["images_per_s"], slow["images_per_s"]
     if not torch.equal(codes[True], codes[False]):
         raise UserError("cached and uncached sampling gave different tokens", where="bench sampler", fix="report this as a bug")
-    return {"cached_images_per_s": cached, "uncached_images_per_s": uncached, "ratio": cached / uncached}
+    return {**fast, "cached_images_per_s": cached, "uncached_images_per_s": uncached, "ratio": cached / uncached}
 
 
 def bench_scales(config: Bench, workers: Workers) -> Row:
-    """Next-scale sampling beside next-token sampling of the same finest grid, by transformers of one size, both cached."""
+    """Next-scale sampling (the columns) beside next-token sampling of the same finest grid, both cached and of one size."""
     device, size = workers.device, _size_of(config)
     scales = _pyramid(config.grid)
     torch.manual_seed(0)
@@ -63,9 +65,11 @@ def bench_scales(config: Bench, workers: Workers) -> Row:
     by_scale.bind(tokenizer.to(device).eval())
     by_token = NextToken(**known, grid=config.grid, **size).to(device).eval()
     sampling = config.sampling.model_dump(exclude={"cache"})
-    token, token_calls = _sampling_speed(by_token, config, device, sampling)
-    scale, scale_calls = _sampling_speed(by_scale, config, device, sampling)
+    token_row, token_calls = _sampling(by_token, config, workers, sampling)
+    scale_row, scale_calls = _sampling(by_scale, config, workers, sampling)
+    token, scale = token_row["images_per_s"], scale_row["images_per_s"]
     return {
+        **scale_row,
         "next_token_images_per_s": token,
         "next_scale_images_per_s": scale,
         "next_token_steps": token_calls,
@@ -76,17 +80,24 @@ def bench_scales(config: Bench, workers: Workers) -> Row:
 
 
 def bench_blocks(config: Bench, workers: Workers) -> Row:
-    """Block diffusion at several steps in a block beside next-token sampling, by transformers of one size, all cached."""
+    """Block diffusion beside next-token sampling, by transformers of one size, all cached; the columns are of most steps."""
     device, size = workers.device, _size_of(config)
     known: dict[str, Any] = {"num_classes": config.num_classes, "vocab_size": layout_of(config).vocab_size, "grid": config.grid}
     by_token = _wake(NextToken(**known, **size)).to(device)
     by_block = _wake(BlockDiffusion(**known, block_size=BLOCK, **size)).to(device)
     sampling = config.sampling.model_dump(exclude={"cache", *Within.__annotations__})
-    token, calls = _sampling_speed(by_token, config, device, sampling)
+    by_one, calls = _sampling(by_token, config, workers, sampling)
+    token = by_one["images_per_s"]
     row: Row = {"next_token_images_per_s": token, "next_token_calls": calls}
     for steps in BLOCK_STEPS:
-        speed, calls = _sampling_speed(by_block, config, device, {**sampling, "steps": steps, "reveal": "maskgit"})
-        row |= {f"steps{steps}_images_per_s": speed, f"steps{steps}_calls": calls, f"steps{steps}_ratio": speed / token}
+        found, calls = _sampling(by_block, config, workers, {**sampling, "steps": steps, "reveal": "maskgit"})
+        speed = found["images_per_s"]
+        row |= {
+            **found,
+            f"steps{steps}_images_per_s": speed,
+            f"steps{steps}_calls": calls,
+            f"steps{steps}_ratio": speed / token,
+        }
     return row
 
 
@@ -126,22 +137,28 @@ def _size_of(config: Bench) -> dict[str, Any]:
     return {key: config.generator[key] for key in ("dim", "layers", "heads") if key in config.generator}
 
 
-def _sampling_speed(generator: Generator, config: Bench, device: torch.device, sampling: dict[str, Any]) -> tuple[float, float]:
-    """Images a second, and calls of the network for each."""
-    labels = torch.arange(config.sample_batch, device=device) % config.num_classes
+def _sampling(generator: Generator, config: Bench, workers: Workers, sampling: dict[str, Any]) -> tuple[Row, float]:
+    """A row of sampling, and calls of the network for each image."""
+    labels = torch.arange(config.sample_batch, device=workers.device) % config.num_classes
     tally = Tally()
 
     def draw() -> None:
         sample(generator, labels, seed=0, tally=tally, **sampling)
 
-    return per_second(draw, config.seconds, device) * config.sample_batch, tally.calls_per_image
+    row = measure(config, workers, draw, images=config.sample_batch, tokens=generator.plan.n_tokens)
+    return row, tally.calls_per_image
 
 
 def generator_of(config: Bench) -> Generator:
     """The generator of a bench, for its grid and vocabulary; the same weights every time."""
-    known = {"vocab_size": layout_of(config).vocab_size, "num_classes": config.num_classes, "grid": config.grid}
     torch.manual_seed(0)
-    return _wake(build(fill(config.generator, known)))
+    return _wake(build(generator_node(config)))
+
+
+def generator_node(config: Bench) -> dict[str, Any]:
+    """The generator's node, whole."""
+    known = {"vocab_size": layout_of(config).vocab_size, "num_classes": config.num_classes, "grid": config.grid}
+    return fill(config.generator, known)
 
 
 def _wake(generator: Generator) -> Generator:

@@ -5,15 +5,14 @@ Shapes: `R` rows, `D` code width, `V` codebook.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from ..models.tokenizers.quantizers import nearest_code
+from .profiler import allocated_peak
 
 _PLAIN_ROWS = 8192  # the plain search in pieces of 512 MiB: all scores at once are 4 GiB, which a laptop has not to spare
 
@@ -83,13 +82,4 @@ def _peak(action: Callable[[], Tensor], cuda: bool) -> int:
         action()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes its state to stderr
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        result = action()
-    del result
-    held = peak = 0
-    records = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(records, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return allocated_peak(action)[1]

@@ -19,12 +19,13 @@ from ..errors import UserError
 from ..evaluate.console import say, table
 from ..evaluate.stopwatch import per_second
 from ..models.generators.base import Generator
-from .bench_generators import Row, generator_of, layout_of
+from .bench_generators import generator_of, layout_of
+from .bench_measure import costs
+from .bench_table import Row
 from .clock import Clock
 from .cost import modules_of, step_cost
 from .footprint import fixed_bytes, footprint, size_of
-from .network import Trainable
-from .peaks import peak_flops
+from .network import Network, Trainable
 from .profiler import most_held
 from .stage import Batch, Networks
 from .strategy import Workers
@@ -56,27 +57,13 @@ def bench_generator(config: Bench, workers: Workers) -> Row:
     tokens = math.prod(config.grid)
     paper = GeneratorSteps(config, generator_of(config))
     shapes = {"codes": ((config.batch_size, tokens), torch.int64), "label": ((config.batch_size,), torch.int64)}
-    vocabulary = layout_of(config).vocab_size
     cost = step_cost(paper, strategy, shapes)
     sizes = [size_of(item, averages=True) for item in paper.trainables.values()]
     planned = footprint(strategy, workers.world, sizes, fixed_bytes(modules_of(paper)), cost)
     del paper
-    clock = Clock(0, 0, 10**9, config.batch_size * workers.world, 10**6)
 
     def begin() -> Callable[[], None]:
-        stage = GeneratorSteps(config, generator_of(config))
-        networks = workers.wrap(stage.trainables, Ema())
-        batch = {"codes": torch.randint(vocabulary, shapes["codes"][0], device=device),
-                 "label": torch.randint(config.num_classes, shapes["label"][0], device=device)}  # fmt: skip
-
-        def step() -> None:
-            with workers.micro_batch(networks, 1.0, last=True):
-                stage.step(batch, clock, networks)
-            for network in networks.values():
-                network.step(1.0)
-                if network.ema is not None:
-                    network.ema.update(1)
-
+        step = training(config, workers)[1]
         step()
         step()
         return step
@@ -85,8 +72,28 @@ def bench_generator(config: Bench, workers: Workers) -> Row:
     rate = per_second(step, config.seconds, device, workers.any)
     samples = rate * config.batch_size * workers.world
     row = {"step_ms": 1000 / rate, "steps_per_s": rate, "images_per_s": samples, "tokens_per_s": samples * tokens}
-    return {**row, "mfu": cost.flops * rate / peak_flops(device, strategy.precision), "held_mib": held / 2**20,
+    return {**row, **costs(cost.flops, rate, config.batch_size, workers), "held_mib": held / 2**20,
             "paper_mib": planned.total / 2**20}  # fmt: skip
+
+
+def training(config: Bench, workers: Workers) -> tuple[dict[str, Network], Callable[[], None]]:
+    """The generator on the ranks, and a training step of it on random codes."""
+    device = workers.device
+    stage = GeneratorSteps(config, generator_of(config))
+    networks = workers.wrap(stage.trainables, Ema())
+    codes = torch.randint(layout_of(config).vocab_size, (config.batch_size, math.prod(config.grid)), device=device)
+    batch = {"codes": codes, "label": torch.randint(config.num_classes, (config.batch_size,), device=device)}
+    clock = Clock(0, 0, 10**9, config.batch_size * workers.world, 10**6)
+
+    def step() -> None:
+        with workers.micro_batch(networks, 1.0, last=True):
+            stage.step(batch, clock, networks)
+        for network in networks.values():
+            network.step(1.0)
+            if network.ema is not None:
+                network.ema.update(1)
+
+    return networks, step
 
 
 def bench_strategies(config: Bench, overrides: Sequence[str]) -> dict[str, Row]:

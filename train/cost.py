@@ -48,6 +48,36 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
 }
 """FLOPs of an operation: those of torch's `FlopCounterMode`, and of fused attention on a CPU, which it lacks."""
 
+
+def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    formula = _FORMULAS.get(func.overloadpacket)
+    return 0 if formula is None else formula(*args, **kwargs, out_val=out)
+
+
+class _Counter(TorchDispatchMode):
+    """Sums the FLOPs of all operations within."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.overloadpacket not in _FORMULAS:
+            with self:  # inference mode leaves it to us to take composite operations (linear, matmul) apart
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        out = func(*args, **kwargs)
+        self.flops += _flops(func, args, kwargs, out)
+        return out
+
+
+def counted_flops(action: Callable[[], None]) -> int:
+    """FLOPs of what `action` really computes, by the formulas of `Cost.flops`; compiled parts are not seen."""
+    with _Counter() as counter:
+        action()
+    return counter.flops
+
+
 LATE = Clock(10**9, 0, 2 * 10**9, 1, 10**6)
 """Past every start step."""
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
@@ -217,10 +247,8 @@ class _Watch(TorchDispatchMode):
         if func is _ATEN.bincount.default:
             return args[0].new_empty(args[2])  # as many as there are codes; torch would not say without their values
         kwargs = kwargs or {}
-        formula = _FORMULAS.get(func.overloadpacket)
         out = func(*args, **kwargs)
-        if formula is not None:
-            self._count(formula(*args, **kwargs, out_val=out))
+        self._count(_flops(func, args, kwargs, out))
         for value in tree_leaves(out):
             if isinstance(value, Tensor):
                 self._hold(value.untyped_storage())

@@ -64,9 +64,7 @@ class Windows:
         return step == config.start if config.every is None else (step - config.start) % config.every == 0
 
     def _begin(self, step: int) -> None:
-        kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
-        memory = self.config.memory
-        self._running, self._begun = profile(activities=kinds, profile_memory=memory, record_shapes=memory), step
+        self._running, self._begun = _recorder(self.device, self.config.memory), step
         self._running.start()
 
     def _end(self) -> None:
@@ -75,13 +73,31 @@ class Windows:
             torch.cuda.synchronize(self.device)
         self._running.stop()
         self._found = communication(self._running.events())
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step-{self._begun:08d}-rank-{self.rank}"
-        key = "self_cuda_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
-        table = self._running.key_averages().table(sort_by=key, row_limit=DEAREST, max_name_column_width=60)
-        path.with_suffix(".txt").write_text(table + "\n")
-        self._running.export_chrome_trace(f"{path}.json.gz")
+        _keep(self._running, self.folder / f"step-{self._begun:08d}-rank-{self.rank}", self.device)
         self._running = None
+
+
+def _recorder(device: torch.device, memory: bool = False) -> profile:
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    return profile(activities=kinds, profile_memory=memory, record_shapes=memory)
+
+
+def _keep(recorded: profile, path: Path, device: torch.device) -> None:
+    """Write the trace and the table beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    table = recorded.key_averages().table(sort_by=key, row_limit=DEAREST, max_name_column_width=60)
+    path.with_name(f"{path.name}.txt").write_text(table + "\n")
+    recorded.export_chrome_trace(f"{path}.json.gz")
+
+
+def profiled(work: Callable[[], object], path: Path, device: torch.device) -> None:
+    """Do `work` under the profiler; writes `PATH.json.gz`, the trace, and `PATH.txt`, the ten dearest operations."""
+    with _recorder(device) as recorded:
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    _keep(recorded, path, device)
 
 
 def communication(events: Iterable[FunctionEvent]) -> dict[str, float]:
@@ -134,7 +150,10 @@ def allocated_peak(work: Callable[[], Found]) -> tuple[Found, int]:
     """What `work` returns, and the most bytes that torch's CPU allocator held for it at once, whoever asked for them.
 
     Exact where the process's resident set is not: neither the interpreter nor what the allocator keeps for later counts.
+    Under another profiler it is 0: torch has one at a time, and a second ends the process.
     """
+    if torch.autograd._profiler_enabled():
+        return work(), 0
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         result = work()
     assert watched.profiler is not None

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tokar.conf.compose import compose
 from tokar.train.clock import Clock
-from tokar.train.cost import Twin
+from tokar.train.cost import Twin, counted_flops
 from tokar.train.generator import GeneratorStage
 from tokar.train.network import Trainable
 from tokar.train.profiler import allocated_peak
@@ -149,3 +149,16 @@ def test_memory_of_a_step_is_what_real_tensors_hold(precision):
     networks = {name: Cast(item.module) for name, item in stage.trainables.items()}
     _, held = allocated_peak(lambda: stage.step(batch, CLOCK, networks))
     assert held == pytest.approx(expected, rel=0.05)
+
+
+def test_flops_are_counted_alike_with_and_without_inference_mode():
+    linear, x, heads = nn.Linear(8, 16), torch.randn(4, 8), torch.randn(1, 2, 4, 8)
+
+    def forward():
+        linear(x)
+        nn.functional.scaled_dot_product_attention(heads, heads, heads)
+
+    expected = 2 * 4 * 8 * 16 + 2 * 2 * (2 * 4 * 4 * 8)
+    assert counted_flops(forward) == expected
+    assert counted_flops(torch.inference_mode()(forward)) == expected
+    assert counted_flops(lambda: linear(x).sum().backward()) == 2 * (2 * 4 * 8 * 16)  # the input asks for no gradient

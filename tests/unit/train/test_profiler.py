@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tokar.conf.spine import Profile
-from tokar.train.profiler import Windows, allocated_peak, communication
+from tokar.train.profiler import Windows, allocated_peak, communication, profiled
 
 CPU, CUDA = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
 
@@ -71,3 +71,12 @@ def test_the_most_that_the_allocator_held():
     kept, peak = allocated_peak(work)
     assert len(kept) == 2
     assert peak == pytest.approx(4 * 2**20, abs=2**12)
+
+
+def test_work_is_profiled_also_where_it_measures_memory_itself(tmp_path):
+    matrix, seen = torch.ones(32, 32), []
+    profiled(lambda: seen.append(allocated_peak(lambda: matrix @ matrix)), tmp_path / "new" / "row.x", torch.device("cpu"))
+    assert seen[0][1] == 0
+    assert "aten::mm" in (tmp_path / "new" / "row.x.txt").read_text()
+    assert (tmp_path / "new" / "row.x.json.gz").stat().st_size > 100
+    assert allocated_peak(lambda: matrix @ matrix)[1] == 32 * 32 * 4
