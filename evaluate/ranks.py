@@ -113,7 +113,7 @@ def _leave_one(folder: Path, held: np.ndarray, total: Score, world: int) -> None
     if others or world > 1:
         write_state(folder, 0, held, total)
     for path in others:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def _cut(numbers: np.ndarray, size: int) -> list[np.ndarray]:
