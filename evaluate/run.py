@@ -125,7 +125,7 @@ class Task(Evaluation):
             raise UserError("runs on one device", where="strategy.devices", fix="leave out strategy")
         for key in ("protocol", "reference", "captions", "statistics"):
             if getattr(self.config, key) is not None:
-                raise UserError("is not for this measure", where=key, fix="leave it out, or set measure=quality")
+                raise UserError("is not for this measure", where=key, fix="leave it out")
 
     def _probe(self, settings: Probe, model: torch.nn.Module, subject: dict[str, Any]) -> Result:
         """Linear probe of a tokenizer's tokens, or of a generator that reads them."""
