@@ -52,9 +52,9 @@ def _evaluate(arguments: Arguments) -> int:
     from ..conf.overrides import quoted
 
     composed = compose("evaluate", [quoted("target", arguments.target), *arguments.overrides])
-    from ..evaluate.run import evaluate
+    from ..train.evaluate import evaluate_on_ranks
 
-    return evaluate(composed)
+    return evaluate_on_ranks(composed)
 
 
 def _probe(arguments: Arguments) -> int:

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from ..ranges import NonNegativeInt, PositiveFloat, PositiveInt
 from .nodes import Component, Node, Text
+from .protocols import FeatureName, Protocol
 from .slurm import Slurm
 from .spine import Data, Paths, Strategy
 from .stages import (
@@ -125,8 +126,11 @@ class Pairs(Node):
 class Features(Node):
     """The feature network of a Fréchet distance."""
 
-    name: Literal["classifier", "inception", "dinov2"] = Field("classifier", description="which network")
-    path: Text | None = Field(None, description="its run or weights file")
+    name: FeatureName | None = Field(None, description="which network; null: the protocol's, else classifier")
+    path: Text | None = Field(None, description="its run, folder or weights file")
+    sha256: Text | None = Field(
+        None, description="inception: hash of a weights file other than the published one, which is refused without"
+    )
 
 
 class Probe(Node):
@@ -174,9 +178,22 @@ class Evaluate(Measured):
     )
     probe: Probe | None = Field(None, description="probe=linear: measure how much of the class the tokens tell")
     text_encoder: Text | None = Field(None, description="of captions; null: where it lay when they were encoded")
+    protocol: Protocol | None = Field(
+        None, description="protocol=gfid-50k and others of conf/protocol; null: features.name decides"
+    )
+    reference: Text | None = Field(
+        None, description="npz with mu and sigma, npz or folder of images; null: the reference split of data"
+    )
+    captions: Text | None = Field(
+        None, description="clip_score: file with one caption a line, image after image; null: those of the reference split"
+    )
     count: PositiveInt | None = Field(None, description="images; null takes the whole reference split")
     lpips_weights: Text | None = Field(None, description="file with VGG16 and linear-head weights; null leaves LPIPS out")
     student: StudentSampling = Field(StudentSampling(), description="of what was distilled; sampling is then its teacher's")
+    save_every: PositiveInt = Field(2048, description="images of a rank after which what it has is saved, to go on from")
+    statistics: Text | None = Field(
+        None, description="npz to write mean and covariance of the samples' features to: a reference of later evaluations"
+    )
     out: Text | None = Field(None, description="null: the evaluation folder of the run")
 
 

@@ -128,8 +128,11 @@ class Stream:
         count = len(self.dataset) if limit is None else min(limit, len(self.dataset))
         share = np.array_split(np.arange(count), self.world)[self.rank]
         size = max(1, self.batch_size // self.world)
-        cuts = (share[start : start + size] for start in range(0, len(share), size))
-        yield from self._load((cut, np.zeros_like(cut)) for cut in cuts)
+        yield from self.visit(share[start : start + size] for start in range(0, len(share), size))
+
+    def visit(self, wanted: Iterable[np.ndarray]) -> Iterator[Batch]:
+        """A batch for each array of sample numbers, in order, as the first epoch has them."""
+        yield from self._load((numbers, np.zeros_like(numbers)) for numbers in wanted)
 
     def _span(self, positions: np.ndarray) -> Samples:
         n = len(self.dataset)

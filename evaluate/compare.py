@@ -29,11 +29,10 @@ from ..models.open import OpenedDistilled, OpenedGenerator, open_distilled
 from ..models.samplers.decode import Choices, Tally, choices_for
 from .console import say
 from .dependence import distinct, groups_of, over_pairs, pair_information
-from .features import FeatureNet
-from .frechet import Gaussian
-from .generation import evaluate_generation
+from .generation import Reference, evaluate_samples
 from .images import save_figure
 from .protocol import Result, content_id
+from .protocols import Judging, by_features
 from .samples import class_ids, decode_batches
 from .setting import Setting, evaluation_folder
 from .stopwatch import in_turns
@@ -79,12 +78,13 @@ class Contest(Setting):
     def results(self) -> list[Result]:
         """One for each way, the teacher first."""
         check_skip(self.teacher.generator, self._skipped)  # refused before anything is drawn, like what was distilled
-        sampling, network, trained = self.sampling_of(self.teacher), self.features(), self._trained
+        sampling, trained = self.sampling_of(self.teacher), self._trained
+        judging = self.judging(by_features(self.config, "samples", self.config.count))
         labels = class_ids(self.config.count, None, self.teacher.generator.num_classes)
         sample = teacher_way(self.teacher.generator, sampling, self.config.seed + 1)
         codes = torch.cat([part["codes"] for part in self._draw(sample, labels, "the teacher's own", Tally())])
         frequencies = Frequencies(codes.to(self.device), labels.to(self.device), self.teacher.generator.num_classes)
-        judges = Judges(self, network, self.reference(network), codes, labels, self._choices(sampling))
+        judges = Judges(self, judging, self.reference(judging), codes, labels, self._choices(sampling))
         ways = self._untrained(sampling, frequencies) | trained
         measured = {name: judges.measure(name, way) for name, way in ways.items()}
         times = self._times(ways, labels)
@@ -184,16 +184,16 @@ class Judges:
 
     Args:
         contest: whose config counts.
-        network: of the Fréchet distance.
-        reference: of real images.
+        judging: the measures of images.
+        reference: real images.
         codes: `[N, T]`, the teacher's, of another seed than its row.
         labels: `[N]`.
         choices: of the teacher's distribution.
     """
 
     contest: Contest
-    network: FeatureNet
-    reference: Gaussian
+    judging: Judging
+    reference: Reference
     codes: Tensor
     labels: Tensor
     choices: Choices
@@ -210,8 +210,10 @@ class Judges:
                 yield batch
 
         images = decode_batches(teacher.tokenizer, kept())
-        judge = self.contest.judge(self.network)
-        seen = evaluate_generation(images, self.reference, self.network, judge=judge)
+        score = self.judging.score(len(self.labels))
+        for batch in images:
+            score.update(batch)
+        seen = evaluate_samples(score, len(self.labels), self.reference)
         codes = torch.cat([part["codes"] for part in parts])
         nll = torch.cat([part["nll"] for part in parts])
         numbers = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,6 +74,7 @@ def draw_vectors(
     *,
     seed: int,
     batch_size: int,
+    numbers: np.ndarray | None = None,
     on_batch: Callable[[int], None] | None = None,
     tally: Tally | None = None,
 ) -> Iterator[dict[str, Tensor]]:
@@ -86,14 +88,16 @@ def draw_vectors(
         ask: how.
         seed: of the noise.
         batch_size: samples at once.
+        numbers: of the samples `[N]`; `None`: 0, 1, ….
         on_batch: told the number of samples after each batch.
         tally: is told what it cost.
     """
     device, layout = next(opened.model.parameters()).device, opened.tokenizer.layout.to_dict()
     codebook = codebook_of(opened.tokenizer)
+    numbers = np.arange(len(labels)) if numbers is None else numbers
     for start in range(0, len(labels), batch_size):
         part = labels[start : start + batch_size]
-        ids = torch.arange(start, start + len(part))
+        ids = torch.from_numpy(numbers[start : start + len(part)])
         noise = torch.from_numpy(pair_noise(seed, ids.numpy(), layout)).to(device)
         vectors = opened.model.draw(noise, part.to(device), codebook, ask, ids, tally)
         if on_batch is not None:

@@ -6,69 +6,74 @@ Shapes: `B` batch, `D` feature width. Everything is float64: single precision lo
 from __future__ import annotations
 
 import io
-import json
 import zipfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import UserError
-from .protocol import content_id, file_hash, write_whole
+from .protocol import write_whole
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean and covariance of a set of features, with the protocol of their making.
+    """Mean and covariance of a set of features.
 
     Args:
         mean: `[D]` float64.
         covariance: `[D, D]` float64, normalised by count - 1.
-        count: number of images; 0 when a file does not say.
-        protocol: of the features and the data; empty when a file does not say.
+        origin: the file that they were read from.
     """
 
     mean: Tensor
     covariance: Tensor
-    count: int
-    protocol: Mapping[str, Any] = field(default_factory=dict)
+    origin: Path | None = None
 
-    def save(self, path: Path) -> Path:
-        """Write `.npz` with `mu`, `sigma` (the names of the common reference files), `count` and `protocol` (JSON text)."""
-        buffer = io.BytesIO()
-        np.savez(
-            buffer,
-            mu=self.mean.cpu().numpy(),
-            sigma=self.covariance.cpu().numpy(),
-            count=np.int64(self.count),
-            protocol=np.str_(json.dumps(dict(self.protocol), sort_keys=True)),
-        )
-        write_whole(path, buffer.getvalue())
-        return path
 
-    @classmethod
-    def load(cls, path: Path) -> Gaussian:
-        """Read `.npz` with `mu` and `sigma`; published reference files have no more.
+NAMES = {"frechet": ("mu", "sigma"), "spatial_frechet": ("mu_s", "sigma_s")}
+"""Arrays of mean and covariance in the reference files of the usual ImageNet evaluator, by measure."""
 
-        Raises:
-            UserError: unreadable, or the arrays do not fit each other.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                mean, covariance = torch.from_numpy(arrays["mu"]).double(), torch.from_numpy(arrays["sigma"]).double()
-                count = int(arrays["count"]) if "count" in arrays else 0
-                protocol = json.loads(str(arrays["protocol"])) if "protocol" in arrays else {"sha256": file_hash(path)}
-        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-            raise UserError("no readable statistics", where=path, fix="give an .npz with the arrays mu and sigma") from error
-        if covariance.shape != (len(mean), len(mean)):
-            raise UserError(
-                f"mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)} do not fit", where=path, fix="make the file again"
-            )
-        return cls(mean, covariance, count, protocol)
+
+def save_gaussians(gaussians: Mapping[str, Gaussian], path: Path) -> Path:
+    """Write statistics by measure as `.npz` in the layout of the usual ImageNet evaluator (see `NAMES`)."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for measure, gaussian in gaussians.items():
+        for name, value in zip(NAMES[measure], (gaussian.mean, gaussian.covariance), strict=True):
+            arrays[name] = value.cpu().numpy()
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    write_whole(path, buffer.getvalue())
+    return path
+
+
+def load_gaussians(path: Path) -> dict[str, Gaussian]:
+    """The statistics that an `.npz` holds, by measure; other arrays are not read.
+
+    Raises:
+        UserError: unreadable, or the arrays do not fit each other.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {
+                measure: _fitting(arrays[names[0]], arrays[names[1]], path)
+                for measure, names in NAMES.items()
+                if set(names) <= set(arrays)
+            }
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError("no readable statistics", where=path, fix="give an .npz with the arrays mu and sigma") from error
+
+
+def _fitting(mean: NDArray[Any], covariance: NDArray[Any], path: Path) -> Gaussian:
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        what = f"mean {mean.shape} and covariance {covariance.shape} do not fit"
+        raise UserError(what, where=path, fix="make the file again")
+    return Gaussian(torch.from_numpy(mean).double(), torch.from_numpy(covariance).double(), path)
 
 
 class GaussianStatistics:
@@ -99,9 +104,9 @@ class GaussianStatistics:
         centred = batch - mean
         self._add(len(batch), mean, centred.T @ centred)
 
-    def merge(self, other: GaussianStatistics) -> None:
-        """Add the statistics of another part of the same set."""
-        self._add(other.count, other.mean.to(self.mean), other.scatter.to(self.mean))
+    def merge(self, state: Mapping[str, Any]) -> None:
+        """Add the `state_dict` of another part of the same set."""
+        self._add(int(state["count"]), state["mean"].to(self.mean), state["scatter"].to(self.mean))
 
     def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         if not count:
@@ -112,7 +117,7 @@ class GaussianStatistics:
         self.mean += shift * (count / total)
         self.count = total
 
-    def gaussian(self, protocol: Mapping[str, Any] | None = None) -> Gaussian:
+    def gaussian(self) -> Gaussian:
         """Mean and unbiased covariance of what was added.
 
         Raises:
@@ -120,17 +125,11 @@ class GaussianStatistics:
         """
         if self.count < 2:
             raise UserError(f"statistics of {self.count} images have no covariance", fix="give at least two images")
-        return Gaussian(self.mean.clone(), self.scatter / (self.count - 1), self.count, dict(protocol or {}))
+        return Gaussian(self.mean.clone(), self.scatter / (self.count - 1))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on later or to merge elsewhere."""
         return {"count": self.count, "mean": self.mean.cpu(), "scatter": self.scatter.cpu()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        self.count = int(state["count"])
-        self.mean.copy_(state["mean"])
-        self.scatter.copy_(state["scatter"])
 
 
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:
@@ -141,13 +140,12 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     Follows Dowson & Landau (1982) and Heusel et al. (2017), eq. 6.
 
     Raises:
-        UserError: the widths differ or the features were made differently.
+        UserError: the widths differ.
     """
     if first.mean.shape != second.mean.shape:
         raise UserError(
             f"features are {len(first.mean)} and {len(second.mean)} wide", fix="use the same feature network on both sides"
         )
-    _same_features(first, second)
     shift = (first.mean - second.mean.to(first.mean)).square().sum()
     spread = first.covariance.trace() + second.covariance.trace().to(shift)
     values_a, vectors_a = _spectrum(first.covariance)
@@ -162,27 +160,3 @@ def _spectrum(covariance: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(covariance)
     keep = values > len(values) * torch.finfo(values.dtype).eps * values[-1].clamp(min=0)
     return values[keep], vectors[:, keep]
-
-
-def _same_features(first: Gaussian, second: Gaussian) -> None:
-    mine, theirs = first.protocol.get("features"), second.protocol.get("features")
-    if mine and theirs and mine != theirs:
-        keys = sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
-        raise UserError(f"statistics of different features ({', '.join(keys)} differ)", fix="compute the reference again")
-
-
-def cached_gaussian(folder: Path, identity: Mapping[str, Any], compute: Callable[[], Gaussian]) -> Gaussian:
-    """Statistics from `folder`, computed and written there the first time.
-
-    Args:
-        folder: the cache.
-        identity: all that decides the numbers (content hash of the data, protocol of the features, crop, count): its hash
-            is the file's name, so a changed data set or network is never answered from an old file.
-        compute: makes the statistics.
-    """
-    path = folder / f"gaussian-{content_id(identity, digits=16)}.npz"
-    if path.exists():
-        return Gaussian.load(path)
-    gaussian = compute()
-    gaussian.save(path)
-    return gaussian

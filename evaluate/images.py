@@ -21,10 +21,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ..data.files import os_errors, whole_file
+from ..data.files import digest_of, os_errors, whole_file
 from ..data.images import decode
 from ..errors import UserError
-from .protocol import write_whole
+from .protocol import file_hash, write_whole
 from .report.pictures import ABOUT
 
 if TYPE_CHECKING:
@@ -163,12 +163,26 @@ def count_samples(path: Path) -> int:
         return _image_shape(file, path)[0]
 
 
+def has_images(path: Path) -> bool:
+    """Whether images can be read there: a folder, or an `.npz` with `arr_0`."""
+    if path.is_dir():
+        return True
+    with zipfile.ZipFile(path) as archive:
+        return "arr_0.npy" in archive.namelist()
+
+
 def load_samples(path: Path, batch_size: int = 64) -> Iterator[dict[str, Tensor]]:
-    """Batches of samples from an `.npz` or a folder of images, read as they are needed.
+    """All samples of an `.npz` or a folder of images, in batches; the last may be smaller. See `read_samples`."""
+    count = count_samples(path)
+    return read_samples(path, [np.arange(start, min(start + batch_size, count)) for start in range(0, count, batch_size)])
+
+
+def read_samples(path: Path, batches: Iterable[NDArray[np.int64]]) -> Iterator[dict[str, Tensor]]:
+    """Samples from an `.npz` or a folder of images, read as they are needed.
 
     Args:
         path: `.npz` with `arr_0` (labels in `arr_1`), or a folder of equally large images (and `labels.json`) in name order.
-        batch_size: images per batch; the last may be smaller.
+        batches: numbers of the images of each batch.
 
     Yields:
         `image` uint8 `[B, H, W, 3]` and, where labels exist, `label` int64 `[B]`.
@@ -176,7 +190,18 @@ def load_samples(path: Path, batch_size: int = 64) -> Iterator[dict[str, Tensor]
     Raises:
         UserError: unreadable, of another layout, or images of several sizes.
     """
-    return _from_folder(path, batch_size) if path.is_dir() else _from_npz(path, batch_size)
+    return _from_folder(path, batches) if path.is_dir() else _from_npz(path, batches)
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of an `.npz`, or of the names and contents of a folder's images.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    if not path.is_dir():
+        return file_hash(path)
+    return digest_of({file.name: file_hash(file) for file in [*_image_files(path), *path.glob(LABELS_NAME)]})
 
 
 def _open_npz(path: Path) -> zipfile.ZipFile:
@@ -200,15 +225,17 @@ def _image_shape(file: IO[bytes], path: Path) -> tuple[int, int, int, int]:
     return shape
 
 
-def _from_npz(path: Path, batch_size: int) -> Iterator[dict[str, Tensor]]:
+def _from_npz(path: Path, batches: Iterable[NDArray[np.int64]]) -> Iterator[dict[str, Tensor]]:
     with _open_npz(path) as archive, archive.open("arr_0.npy") as file:
         count, height, width, _ = _image_shape(file, path)
-        labels = _npz_labels(archive, count, path)
-        for start in range(0, count, batch_size):
-            size = min(batch_size, count - start)
-            content = _read_exactly(file, size * height * width * 3, path)
-            pixels = np.frombuffer(content, np.uint8).reshape(size, height, width, 3)
-            yield _batch(pixels, None if labels is None else labels[start : start + size])
+        labels, first, size = _npz_labels(archive, count, path), file.tell(), height * width * 3
+        for numbers in batches:
+            content = bytearray()
+            for run in np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1):
+                file.seek(first + int(run[0]) * size)
+                content += _read_exactly(file, len(run) * size, path)
+            pixels = np.frombuffer(content, np.uint8).reshape(-1, height, width, 3)
+            yield _batch(pixels, None if labels is None else labels[numbers])
 
 
 def _npz_labels(archive: zipfile.ZipFile, count: int, path: Path) -> NDArray[np.int64] | None:
@@ -223,8 +250,8 @@ def _npz_labels(archive: zipfile.ZipFile, count: int, path: Path) -> NDArray[np.
     return labels.astype(np.int64)
 
 
-def _read_exactly(file: IO[bytes], size: int, path: Path) -> bytearray:
-    content = bytearray(file.read(size))
+def _read_exactly(file: IO[bytes], size: int, path: Path) -> bytes:
+    content = file.read(size)
     if len(content) < size:
         raise UserError("ends before its last image", where=path, fix="the file is truncated: write it again")
     return content
@@ -237,18 +264,18 @@ def _image_files(folder: Path) -> list[Path]:
     return files
 
 
-def _from_folder(folder: Path, batch_size: int) -> Iterator[dict[str, Tensor]]:
+def _from_folder(folder: Path, batches: Iterable[NDArray[np.int64]]) -> Iterator[dict[str, Tensor]]:
     files = _image_files(folder)
     labels = _folder_labels(folder, files)
     size: tuple[int, int] | None = None
-    for start in range(0, len(files), batch_size):
-        part = files[start : start + batch_size]
+    for numbers in batches:
+        part = [files[number] for number in numbers]
         tiles = [_read_image(file) for file in part]
         for file, tile in zip(part, tiles, strict=True):
             size = size or tile.shape[:2]
             if tile.shape[:2] != size:
                 raise UserError(f"is {tile.shape[:2]}, the ones before it {size}", where=file, fix="give images of one size")
-        yield _batch(np.stack(tiles), None if labels is None else labels[start : start + len(part)])
+        yield _batch(np.stack(tiles), None if labels is None else labels[numbers])
 
 
 def _folder_labels(folder: Path, files: list[Path]) -> NDArray[np.int64] | None:

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 INPUT_SIZE = 299
 POOL_DIM = 2048
 LOGIT_DIM = 1008
+SPATIAL_CHANNELS, SPATIAL_DIM = 7, 7 * 17 * 17
+"""The spatial FID of the usual ImageNet evaluator: the first channels of `mixed_6/conv`, here `Mixed_6d.branch1x1`."""
 BATCH_NORM_EPS = 1e-3
 
 
@@ -191,16 +193,21 @@ class FIDInception(nn.Module):
         self.Mixed_7c = InceptionE(2048, max_pool)
         self.fc = nn.Linear(POOL_DIM, LOGIT_DIM)
 
-    def grid(self, image: Tensor) -> Tensor:
-        """Activations `[B, 2048, 8, 8]` before the final mean."""
+    def grid(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Activations `[B, 2048, 8, 8]` before the final mean, and those of the spatial FID, `[B, 7, 17, 17]`."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(image)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
-        x = F.max_pool2d(x, 3, stride=2)
-        for name in ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c"):
+        x = self._run(F.max_pool2d(x, 3, stride=2), "5b", "5c", "5d", "6a", "6b", "6c")
+        spatial = self.Mixed_6d.branch1x1(x)[:, :SPATIAL_CHANNELS]
+        return self._run(x, "6d", "6e", "7a", "7b", "7c"), spatial
+
+    def _run(self, x: Tensor, *blocks: str) -> Tensor:
+        for name in blocks:
             x = getattr(self, f"Mixed_{name}")(x)
         return x
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Features `[B, 2048]` and logits `[B, 1008]`."""
-        features = self.grid(image).mean((2, 3))
-        return features, self.fc(features)
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features `[B, 2048]`, logits `[B, 1008]`, and spatial features `[B, 2023]`: rows, columns, then channels."""
+        grid, spatial = self.grid(image)
+        features = grid.mean((2, 3))
+        return features, self.fc(features), spatial.permute(0, 2, 3, 1).flatten(1)

@@ -19,10 +19,10 @@ from ..data.stream import to_image, to_uint8
 from ..errors import UserError
 from ..models.tokenizers.base import Tokenizer
 from ..models.tokenizers.quantizers.compose import ResidualQuantizer
-from .features import FeatureNet
 from .images import Picture, save_figure
 from .protocol import Result
 from .reconstruction import ReconstructionScore, protocol_of
+from .score import SampleScore
 
 SHOWN = 8
 """Images in the picture."""
@@ -157,7 +157,7 @@ def evaluate_prefixes(
     tokenizer: Tokenizer,
     batches: Iterable[Mapping[str, Tensor]],
     *,
-    network: FeatureNet | None = None,
+    sides: Callable[[], tuple[SampleScore, SampleScore]] | None = None,
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
     data: Mapping[str, Any] | None = None,
     subject: Mapping[str, Any] | None = None,
@@ -168,7 +168,7 @@ def evaluate_prefixes(
     Args:
         tokenizer: in eval mode, on its own device.
         batches: mappings with `image` uint8 `[B, H, W, 3]`.
-        network: features for a Fréchet distance.
+        sides: empty measures of features.
         perceptual: LPIPS-like distance `[B]` of two images in [-1, 1].
         data: names the images, for the protocol.
         subject: names the tokenizer.
@@ -178,14 +178,14 @@ def evaluate_prefixes(
         UserError: the tokenizer cannot decode a prefix, or no image came.
     """
     prefixes = prefixes_of(tokenizer)
-    scores = [ReconstructionScore(tokenizer.layout, network, perceptual) for _ in prefixes]
+    scores = [ReconstructionScore(tokenizer.layout, sides, perceptual) for _ in prefixes]
     device = next(tokenizer.parameters()).device
     strips: list[Tensor] = []
     for batch in batches:
         codes = tokenizer.encode(to_image(batch["image"].to(device))).codes
         images = [prefix.decode(codes) for prefix in prefixes]
         for score, image in zip(scores, images, strict=True):
-            score.update(batch["image"], image, codes)
+            score.update(batch, image, codes)
         if not strips:
             rows = torch.stack([*(to_uint8(image[:SHOWN]).cpu() for image in images), batch["image"][:SHOWN].cpu()], dim=1)
             strips.append(rows.flatten(0, 1))

@@ -5,26 +5,29 @@ Shapes: `B` batch, `N` tokens, `V` codes. Images are uint8 `[B, H, W, 3]` unless
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Self
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.stream import to_image, to_uint8
 from ..errors import UserError
+from ..models.build import weights_hash
 from ..models.tokenizers.base import Tokenizer
 from ..models.tokenizers.layout import TokenLayout
-from .features import FeatureNet
-from .frechet import GaussianStatistics, frechet_distance
+from .measures import Batch
 from .protocol import Result
-from .ranks import merge_ranks
+from .ranks import Pace, Source, accumulate
+from .score import SampleScore
 
 DATA_RANGE = 255.0
 PSNR_CAP = 100.0  # dB; an image given back exactly would otherwise make the mean infinite
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 SSIM_K1, SSIM_K2 = 0.01, 0.03
+ROUNDING = "uint8, clamp(round_half_up((x + 1) * 127.5), 0, 255)"
+"""What becomes of a decoder's floats before anything is measured."""
 
 
 def psnr(image: Tensor, reconstruction: Tensor) -> Tensor:
@@ -95,11 +98,6 @@ class CodebookUsage:
         for count, part in zip(self.counts, parts, strict=True):
             count += torch.bincount(part.flatten(), minlength=len(count))
 
-    def merge(self, other: CodebookUsage) -> None:
-        """Add the counts of another part."""
-        for count, part in zip(self.counts, other.counts, strict=True):
-            count += part
-
     def numbers(self) -> dict[str, float]:
         """`codebook_usage` (fraction of codes seen) and `codebook_perplexity`, overall and, with several streams, for each."""
         shared = len({stream.vocab_size for stream in self.layout.streams}) == 1
@@ -128,70 +126,58 @@ class ReconstructionScore:
 
     Args:
         layout: of the tokenizer, for codebook usage.
-        network: features for the Fréchet distance, or `None`.
+        sides: empty measures of features, of the reconstructions and of the images, their reference.
         perceptual: distance `[B]` of two float images in [-1, 1] (LPIPS), or `None`.
     """
 
     def __init__(
         self,
         layout: TokenLayout,
-        network: FeatureNet | None = None,
+        sides: Callable[[], tuple[SampleScore, SampleScore]] | None = None,
         perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        self.network, self.perceptual = network, perceptual
+        self.perceptual = perceptual
         self.usage = CodebookUsage(layout)
         self.count = 0
         self.sums = dict.fromkeys(("psnr", "ssim", "mse", *(["lpips"] if perceptual else [])), 0.0)
-        device = next(network.parameters()).device if network else "cpu"
-        self.statistics = [GaussianStatistics(network.dim, device) for _ in range(2)] if network else []
+        self.sides = sides() if sides else ()
 
-    def update(self, image: Tensor, reconstruction: Tensor, codes: Tensor, *, rounded: bool = True) -> None:
+    def update(self, batch: Batch, reconstruction: Tensor, codes: Tensor, *, rounded: bool = True) -> None:
         """Add a batch.
 
         Args:
-            image: uint8 `[B, H, W, 3]`.
+            batch: `image` uint8 `[B, H, W, 3]`, perhaps `label` and `index` `[B]`.
             reconstruction: float `[B, 3, H, W]`, as the decoder wrote it.
             codes: `[B, N]`.
             rounded: measure PSNR and SSIM on the reconstruction rounded to uint8, as a file would hold it.
         """
         pixels = to_uint8(reconstruction)
-        target = image.to(reconstruction.device)
+        target = batch["image"].to(reconstruction.device)
         written = pixels.permute(0, 3, 1, 2) if rounded else ((reconstruction + 1) * 127.5).clamp(0, DATA_RANGE)
         original = target.permute(0, 3, 1, 2)
-        self.count += len(image)
+        self.count += len(target)
         self.sums["psnr"] += psnr(original, written).sum().item()
         self.sums["ssim"] += ssim(original, written).sum().item()
         self.sums["mse"] += (original.double() - written.double()).square().mean((1, 2, 3)).sum().item()
         if self.perceptual:
             self.sums["lpips"] += self.perceptual(to_image(target), to_image(pixels)).double().sum().item()
         self.usage.update(codes)
-        if self.network:
-            for statistics, side in zip(self.statistics, (target, pixels), strict=True):
-                statistics.update(self.network(side).pooled)
-
-    def empty(self) -> Self:
-        """A fresh score of the same kind."""
-        return type(self)(self.usage.layout, self.network, self.perceptual)
-
-    def merge(self, other: Self) -> None:
-        """Add another part of the same set."""
-        self.count += other.count
-        self.sums = {name: value + other.sums[name] for name, value in self.sums.items()}
-        self.usage.merge(other.usage)
-        for mine, theirs in zip(self.statistics, other.statistics, strict=True):
-            mine.merge(theirs)
+        for side, images in zip(self.sides, (pixels, target), strict=False):
+            side.update({**batch, "image": images})
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on later."""
-        statistics = [part.state_dict() for part in self.statistics]
-        return {"count": self.count, "sums": dict(self.sums), "usage": list(self.usage.counts), "statistics": statistics}
+        """See `ranks.Score`."""
+        sides = [side.state_dict() for side in self.sides]
+        return {"count": self.count, "sums": dict(self.sums), "usage": list(self.usage.counts), "sides": sides}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        self.count, self.sums = int(state["count"]), dict(state["sums"])
-        self.usage.counts = [counts.clone() for counts in state["usage"]]
-        for part, values in zip(self.statistics, state["statistics"], strict=True):
-            part.load_state_dict(values)
+    def merge(self, state: Mapping[str, Any]) -> None:
+        """See `ranks.Score`."""
+        self.count += int(state["count"])
+        self.sums = {name: value + state["sums"][name] for name, value in self.sums.items()}
+        for mine, theirs in zip(self.usage.counts, state["usage"], strict=True):
+            mine += theirs
+        for side, values in zip(self.sides, state["sides"], strict=True):
+            side.merge(values)
 
     def numbers(self) -> dict[str, float]:
         """The metrics by name.
@@ -202,51 +188,52 @@ class ReconstructionScore:
         if not self.count:
             raise UserError("no images to measure", fix="give a split that has some")
         numbers = {name: total / self.count for name, total in self.sums.items()} | self.usage.numbers()
-        if self.network and self.count > 1:
-            originals, written = (part.gaussian() for part in self.statistics)
-            numbers[f"fd_{self.network.name}"] = frechet_distance(originals, written)
+        if self.sides and self.count > 1:
+            reconstructions, originals = self.sides
+            numbers |= reconstructions.numbers(originals)
         return numbers
 
 
 @torch.no_grad()
 def evaluate_tokenizer(
     tokenizer: Tokenizer,
-    batches: Iterable[Mapping[str, Tensor]],
+    source: Source,
+    count: int,
+    pace: Pace,
     *,
-    network: FeatureNet | None = None,
+    sides: Callable[[], tuple[SampleScore, SampleScore]] | None = None,
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
     rounded: bool = True,
     data: Mapping[str, Any] | None = None,
     subject: Mapping[str, Any] | None = None,
-    across_ranks: bool = False,
-    on_batch: Callable[[int], None] | None = None,
 ) -> Result:
     """Encode and decode every image and compare with the original.
 
     Args:
         tokenizer: runs in eval mode on its own device; its mode is put back.
-        batches: mappings with `image` uint8 `[B, H, W, 3]`.
-        network: features for the Fréchet distance between the images and their own reconstructions (not the training set).
+        source: of the images, see `ranks.accumulate`; every rank calls this and gets the whole result.
+        count: number of images.
+        pace: see `ranks.Pace`.
+        sides: empty measures of features between the images and their own reconstructions (not the training set).
         perceptual: LPIPS-like distance `[B]` of two images in [-1, 1].
         rounded: round reconstructions to uint8 before PSNR and SSIM.
         data: names the images (dataset, split, crop, content hash), for the protocol.
         subject: names the tokenizer (run, checkpoint, weight hash).
-        across_ranks: every rank of the process group calls this with its part of the images, and gets the whole result.
-        on_batch: told the number of images after each batch, for a progress bar.
     """
-    score = ReconstructionScore(tokenizer.layout, network, perceptual)
     device, was_training = next(tokenizer.parameters()).device, tokenizer.training
+
+    def make() -> ReconstructionScore:
+        return ReconstructionScore(tokenizer.layout, sides, perceptual)
+
+    def step(score: ReconstructionScore, batch: Batch) -> None:
+        codes = tokenizer.encode(to_image(batch["image"].to(device))).codes
+        score.update(batch, tokenizer.decode(codes), codes, rounded=rounded)
+
     tokenizer.eval()
     try:
-        for batch in batches:
-            codes = tokenizer.encode(to_image(batch["image"].to(device))).codes
-            score.update(batch["image"], tokenizer.decode(codes), codes, rounded=rounded)
-            if on_batch:
-                on_batch(len(codes))
+        score = accumulate(make, source, count, step, pace)
     finally:
         tokenizer.train(was_training)
-    if across_ranks:
-        score = merge_ranks(score)
     return Result("reconstruction", score.numbers(), protocol_of(score, rounded, data or {}), dict(subject or {}))
 
 
@@ -255,13 +242,13 @@ def protocol_of(score: ReconstructionScore, rounded: bool, data: Mapping[str, An
     protocol: dict[str, Any] = {
         "data": dict(data),
         "count": score.count,
-        "reconstruction": "uint8, clamp(round_half_up((x + 1) * 127.5), 0, 255)" if rounded else "float, clamped to [0, 255]",
+        "reconstruction": ROUNDING if rounded else "float, clamped to [0, 255]",
         "psnr": f"mean over images, data range {DATA_RANGE:g}, capped at {PSNR_CAP:g} dB",
         "ssim": f"mean over images and channels, data range {DATA_RANGE:g}, window {SSIM_WINDOW}, sigma {SSIM_SIGMA}, valid",
     }
-    if score.network:
-        protocol |= {"features": score.network.protocol(), "reference": "the same images, uint8"}
+    if score.sides:
+        protocol |= {**score.sides[0].protocol(), "reference": "the same images, uint8"}
     if score.perceptual:
-        describe = getattr(score.perceptual, "protocol", None)
-        protocol["lpips"] = describe() if describe else type(score.perceptual).__name__
+        known = {"weights_sha256": weights_hash(score.perceptual)} if isinstance(score.perceptual, nn.Module) else {}
+        protocol["lpips"] = {"name": type(score.perceptual).__name__, "images": "in [-1, 1], rounded to bytes before", **known}
     return protocol

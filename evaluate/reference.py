@@ -13,6 +13,10 @@ from ..data.shards import ImageDataset
 from ..data.stream import Stream
 from ..data.transforms import Augment
 from .protocol import content_id
+from .ranks import Source
+
+Images = tuple[Source, int, dict[str, Any]]
+"""Source of a set of images, how many they are, and the facts that name them."""
 
 
 def plain_split(data: Data, split: str) -> ImageDataset:
@@ -43,6 +47,14 @@ def facts_of(data: Data, split: str, samples: ImageDataset, count: int) -> dict[
     """What names the first `count` images of a split, for a protocol."""
     return {"source": data.source, "split": split, "images": count, "image_size": data.image_size, "crop": data.crop,
             "content": content_id({"shards": [shard["sha256"] for shard in samples.manifest.get("shards", [])]})}  # fmt: skip
+
+
+def split_images(data: Data, split: str, count: int | None = None) -> Images:
+    """Source of the first `count` images (`None`: all) of a split, how many they are, and the facts that name them."""
+    samples = plain_split(data, split)
+    total = min(count or len(samples), len(samples))
+    stream = Stream(samples, batch_size=1, seed=0, shuffle=False, workers=data.workers)
+    return stream.visit, total, facts_of(data, split, samples, total)
 
 
 def reference_batches(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+import shutil
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..conf.compose import Composed
+from ..conf.protocols import Protocol
 from ..conf.schema import Evaluate, Probe
 from ..data.files import check_place
 from ..data.progress import progress_bar
@@ -20,58 +23,68 @@ from ..models.build import load_model, locate_model, pick_device, weights_hash
 from ..models.classifier import Classifier
 from ..models.distill.distilled import Distilled
 from ..models.generators.base import Generator
-from ..models.open import OpenedGenerator, open_distilled
-from ..models.samplers.decode import Tally
 from ..models.tokenizers.base import Tokenizer
 from ..models.tokenizers.losses import LPIPS
 from .console import say, table
 from .crops import LOOKED_AT, evaluate_crops
-from .distilled import ask_of, draw_vectors
-from .features import FeatureNet, load_features
-from .generation import evaluate_generation
-from .images import count_samples, load_samples
+from .generated import distilled_samples, generator_samples, stored_images
 from .likelihood import evaluate_likelihood
 from .prefixes import evaluate_prefixes, prefixes_of
 from .probe import images_seen, linear_probe
 from .probe_features import generator_features, token_features
 from .protocol import Result, content_id
+from .protocols import Judging, choose_protocol
+from .ranks import this_rank
 from .reconstruction import evaluate_tokenizer
-from .reference import captions_of, reference_batches
-from .samples import Texts, class_ids, decode_batches, draw_codes, text_encoder, with_texts
-from .setting import Setting, evaluation_folder
+from .reference import reference_batches, split_images
+from .samples import with_texts
+from .setting import evaluation_folder
+from .task import Evaluation
 
 
-def evaluate(composed: Composed) -> int:
-    """Measure what `target` names, print the numbers, and write them with their protocol."""
+def evaluate(composed: Composed, device: torch.device | None = None) -> int:
+    """Measure what `target` names, print the numbers, and write them with their protocol.
+
+    Args:
+        composed: the config.
+        device: of this rank, where several measure together; `None`: as configured.
+    """
     config: Evaluate = composed.typed
     target = Path(config.target)
     if not target.exists():
         raise UserError("no such file or folder", where=target, fix="point at a run, a model, an .npz or a folder of images")
-    device = pick_device(config.strategy.accelerator)
-    task = Task(config, composed.plain.get("sampling") or {}, target, device)
     folder = Path(config.out) if config.out else evaluation_folder(target)
     check_place(folder)
+    sampling = composed.plain.get("sampling") or {}
+    task = Task(config, sampling, target, device or pick_device(config.strategy.accelerator), folder)
     result = task.result()
-    path = result.save(folder / f"{result.name}-{content_id({**result.protocol, **result.subject})}.json")
-    for name, draw in task.pictures.items():
-        say(f"drawn in {draw(path.with_name(f'{path.stem}_{name}.png'))}")
-    say(table(f"{target}: {result.name}, protocol {result.protocol_id}", result.numbers))
-    say(f"written to {path}")
+    if this_rank()[0] == 0:
+        _tell(task, result, folder)
     return 0
 
 
-@dataclass(frozen=True)
-class Task(Setting):
-    """One evaluation: what is measured, against what, where. `pictures` are drawn beside the result, by name."""
+def _tell(task: Task, result: Result, folder: Path) -> None:
+    path = result.save(folder / f"{result.name}-{content_id({**result.protocol, **result.subject})}.json")
+    for states in task.states:
+        shutil.rmtree(states, ignore_errors=True)
+        with suppress(OSError):  # another evaluation has its states there
+            states.parent.rmdir()
+    for name, draw in task.pictures.items():
+        say(f"drawn in {draw(path.with_name(f'{path.stem}_{name}.png'))}")
+    if changed := result.protocol.get("changed"):
+        changes = ", ".join(f"{key}={value}" for key, value in changed.items())
+        sys.stderr.write(f"warning: protocol {result.protocol['name']} with {changes}: not comparable with others' numbers\n")
+    say(table(f"{task.target}: {result.name}, protocol {result.protocol_id}", result.numbers))
+    say(f"written to {path}")
 
-    config: Evaluate
-    pictures: dict[str, Callable[[Path], Path]] = field(default_factory=dict)
+
+class Task(Evaluation):
+    """One evaluation."""
 
     def result(self) -> Result:
         """Measure."""
         if _is_images(self.target):
-            count = count_samples(self.target)
-            return self._generation(load_samples(self.target, self.config.batch_size), count, {"images": str(self.target)})
+            return stored_images(self)
         folder = locate_model(self.target)
         model = load_model(folder, ema=self.config.ema).to(self.device)
         subject = {
@@ -84,6 +97,8 @@ class Task(Setting):
         if self.config.measure != "quality" and (self.config.probe or not isinstance(model, owner)):
             what = "a probe" if self.config.probe else f"a {type(model).__name__}"
             raise UserError(f"not for {what}", where=f"measure={self.config.measure}", fix="leave it out")
+        if self.config.probe or self.config.measure != "quality" or isinstance(model, Classifier):
+            self._refuse_what_is_of_quality()
         if self.config.probe:
             return self._probe(self.config.probe, model, subject)
         match model:
@@ -96,14 +111,21 @@ class Task(Setting):
             case Generator() if self.config.measure == "likelihood":
                 return self._likelihood(subject)
             case Generator():
-                return self._samples(subject)
+                return generator_samples(self, subject)
             case Distilled():
-                return self._distilled_samples(subject)
+                return distilled_samples(self, subject)
             case Classifier():
                 return self._classification(model, subject)
         raise UserError(
             f"holds a {type(model).__name__}, which has no evaluation", where=self.target, fix="point at another run"
         )
+
+    def _refuse_what_is_of_quality(self) -> None:
+        if this_rank()[1] > 1:
+            raise UserError("runs on one device", where="strategy.devices", fix="leave out strategy")
+        for key in ("protocol", "reference", "captions", "statistics"):
+            if getattr(self.config, key) is not None:
+                raise UserError("is not for this measure", where=key, fix="leave it out")
 
     def _probe(self, settings: Probe, model: torch.nn.Module, subject: dict[str, Any]) -> Result:
         """Linear probe of a tokenizer's tokens, or of a generator that reads them."""
@@ -124,22 +146,34 @@ class Task(Setting):
             )  # fmt: skip
 
     def _reconstruction(self, tokenizer: Tokenizer, subject: dict[str, Any]) -> Result:
-        split = self.config.split or self.data.val_split
-        batches, count, facts = reference_batches(self.data, split, self.config.batch_size, self.config.count)
-        network, perceptual = self._judges()
+        if self.config.reference:
+            what = "a tokenizer is compared with the images that it reconstructs"
+            raise UserError(what, where="reference", fix="leave it out; data and split say which")
+        protocol, split = choose_protocol(self.config, "tokenizer"), self.config.split or self.data.val_split
+        source, total, facts = split_images(self.data, split)
+        count = facts["images"] = self.count(protocol, total)
+        judging, perceptual = self.judges(protocol)
+        sides = partial(judging.sides, count) if judging else None
+        identity = {
+            "subject": subject, "data": facts, "lpips": perceptual and weights_hash(perceptual),
+            "sides": [side.protocol() for side in sides()] if sides else None,
+        }  # fmt: skip
         with progress_bar(None, count, "reconstructing") as advance:
-            return evaluate_tokenizer(
-                tokenizer, batches, network=network, perceptual=perceptual, data=facts, subject=subject, on_batch=advance
-            )
+            result = evaluate_tokenizer(
+                tokenizer, source, count, self.pace(identity, advance), sides=sides, perceptual=perceptual, data=facts,
+                subject=subject,
+            )  # fmt: skip
+        return replace(result, protocol={**(judging.name() if judging else {}), **result.protocol})
 
     def _prefixes(self, tokenizer: Tokenizer, subject: dict[str, Any]) -> Result:
         prefixes_of(tokenizer)  # refused before anything is read
         split = self.config.split or self.data.val_split
         batches, count, facts = reference_batches(self.data, split, self.config.batch_size, self.config.count)
-        network, perceptual = self._judges()
+        judging, perceptual = self.judges(choose_protocol(self.config, "tokenizer"))
+        sides = partial(judging.sides, count) if judging else None
         with progress_bar(None, count, "reconstructing") as advance:
             measured = evaluate_prefixes(
-                tokenizer, batches, network=network, perceptual=perceptual, data=facts, subject=subject, on_batch=advance
+                tokenizer, batches, sides=sides, perceptual=perceptual, data=facts, subject=subject, on_batch=advance
             )
         self.pictures.update(curves=measured.draw_curves, images=measured.draw_images)
         return measured.result
@@ -153,71 +187,22 @@ class Task(Setting):
         self.pictures["crops"] = crops.draw
         return crops.result
 
-    def _judges(self) -> tuple[FeatureNet | None, LPIPS | None]:
-        """The feature network and the perceptual distance, where they are given."""
-        place = self.features_path
-        network = load_features(self.config.features.name, place, self.device) if place else None
-        return network, LPIPS(self.config.lpips_weights).to(self.device) if self.config.lpips_weights else None
+    def judges(self, protocol: Protocol) -> tuple[Judging | None, LPIPS | None]:
+        """The features and the perceptual distance, where they are given or a named protocol asks for them."""
+        asked = self.config.features.path or self.config.judge or self.config.protocol
+        judging = self.judging(protocol) if asked else None
+        return judging, LPIPS(self.config.lpips_weights).to(self.device) if self.config.lpips_weights else None
 
     def _likelihood(self, subject: dict[str, Any]) -> Result:
         opened, split = self.opened_generator(), self.config.split or self.data.val_split
         batches, count, facts = reference_batches(self.data, split, self.config.batch_size, self.config.count)
         if opened.generator.text is not None:
-            batches = with_texts(batches, self._texts(opened, split, count))
+            batches = with_texts(batches, self.texts(opened, split, count))
         with progress_bar(None, count, "measuring") as advance:
             return evaluate_likelihood(
                 opened.generator, opened.tokenizer, batches, draws=self.config.draws, seed=self.config.seed, data=facts,
                 subject=subject, on_batch=advance,
             )  # fmt: skip
-
-    def _samples(self, subject: dict[str, Any]) -> Result:
-        opened = self.opened_generator()
-        generator, tokenizer = opened.generator, opened.tokenizer
-        sampling = self.sampling_of(opened)
-        count = self.config.count or reference_batches(self.data, self.reference_split, 1, None)[1]
-        conditions, tally = self._conditions(opened, count), Tally()
-        subject = subject | ({} if generator.text is None else {"prompts": f"captions of {self.reference_split}"})
-        with progress_bar(None, count, "sampling") as advance:
-            codes = draw_codes(
-                generator, conditions, seed=self.config.seed, sampling=sampling, batch_size=self.config.batch_size,
-                on_batch=advance, tally=tally,
-            )  # fmt: skip
-            images = decode_batches(tokenizer, codes)
-            result = self._generation(images, count, {**subject, "seed": self.config.seed, "sampling": sampling})
-        return replace(result, numbers={**result.numbers, **tally.per_image})
-
-    def _conditions(self, opened: OpenedGenerator, count: int) -> Tensor | Texts:
-        """Classes in turn, or the captions of the reference."""
-        if opened.generator.text is None:
-            return class_ids(count, None, opened.generator.num_classes)
-        return self._texts(opened, self.reference_split, count)
-
-    def _texts(self, opened: OpenedGenerator, split: str, count: int) -> Texts:
-        return Texts(text_encoder(opened, self.config.text_encoder, self.device), captions_of(self.data, split, count))
-
-    def _distilled_samples(self, subject: dict[str, Any]) -> Result:
-        place = Path(self.config.decode_with) if self.config.decode_with else None
-        opened = open_distilled(self.target, tokenizer=place, ema=self.config.ema)
-        opened.model.to(self.device)
-        opened.tokenizer.to(self.device)
-        student, sampling = self.config.student, self.as_sampled
-        ask = ask_of(student, opened, sampling, seed=self.config.seed, tokenizer=place)
-        count = self.config.count or reference_batches(self.data, self.reference_split, 1, None)[1]
-        asked, tally = student.model_dump() | ({"sampling": sampling.model_dump()} if ask.teacher else {}), Tally()
-        with progress_bar(None, count, "sampling") as advance:
-            vectors = draw_vectors(
-                opened, class_ids(count, None, opened.model.num_classes), ask, seed=self.config.seed,
-                batch_size=self.config.batch_size, on_batch=advance, tally=tally,
-            )  # fmt: skip
-            images = decode_batches(opened.tokenizer, vectors)
-            result = self._generation(images, count, {**subject, "seed": self.config.seed, "student": asked})
-        return replace(result, numbers={**result.numbers, **tally.per_image})
-
-    def _generation(self, images: Iterable[Mapping[str, Tensor]], count: int, subject: dict[str, Any]) -> Result:
-        """Fréchet distance to the reference split, and class accuracy where a classifier judges."""
-        network = self.features()
-        reference = self.reference(network)
-        return evaluate_generation(images, reference, network, judge=self.judge(network), subject={**subject, "count": count})
 
     @torch.no_grad()
     def _classification(self, classifier: Classifier, subject: dict[str, Any]) -> Result:

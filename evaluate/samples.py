@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from ..models.open import OpenedGenerator
 from ..models.samplers.decode import Tally, sample
 from ..models.text import TextEncoder
 from ..models.tokenizers.base import Tokenizer
+from .ranks import Source
 
 
 def class_ids(count: int, classes: list[int] | None, num_classes: int) -> Tensor:
@@ -47,6 +49,10 @@ class Texts:
 
     def __getitem__(self, rows: slice) -> Tensor:
         return self.encoder(self.texts[rows])
+
+    def only(self, numbers: np.ndarray) -> Texts:
+        """The texts of these numbers."""
+        return Texts(self.encoder, [self.texts[number] for number in numbers])
 
 
 def text_encoder(opened: OpenedGenerator, place: str | None, device: torch.device) -> TextEncoder:
@@ -87,17 +93,19 @@ def draw_codes(
     seed: int,
     sampling: Mapping[str, Any],
     batch_size: int,
+    numbers: np.ndarray | None = None,
     on_batch: Callable[[int], None] | None = None,
     tally: Tally | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Codes `[B, T]`, and of classes `label` `[B]`, on the CPU, for conditions `[N, …]` in order.
 
-    Sample i depends on (seed, i) and its condition alone.
+    Sample i depends on (seed, i) and its condition alone; `numbers` says which i these are, else 0, 1, ….
     """
     device = next(generator.parameters()).device
+    numbers = np.arange(len(conditions)) if numbers is None else numbers
     for start in range(0, len(conditions), batch_size):
         part = conditions[start : start + batch_size]
-        ids = torch.arange(start, start + len(part))
+        ids = torch.from_numpy(numbers[start : start + len(part)])
         codes = sample(generator, part.to(device), seed=seed, sample_ids=ids, tally=tally, **sampling)
         if on_batch is not None:
             on_batch(len(part))
@@ -116,3 +124,20 @@ def decode_batches(
         else:
             images = tokenizer.decode(batch["codes"].to(device))
         yield {**batch, "image": to_uint8(images).cpu()}
+
+
+def drawn(tokenizer: Tokenizer, draw: Callable[[np.ndarray, Tally], Iterator[dict[str, Tensor]]]) -> Source:
+    """Samples as a source of images by number.
+
+    Args:
+        tokenizer: decodes them.
+        draw: gives the codes or vectors of some numbers as one batch, and counts what they cost.
+    """
+
+    def source(batches: Sequence[np.ndarray]) -> Iterator[dict[str, Tensor]]:
+        for numbers in batches:
+            tally = Tally()
+            for batch in decode_batches(tokenizer, draw(numbers, tally)):
+                yield {**batch, **{name: torch.full((len(numbers),), cost) for name, cost in tally.per_image.items()}}
+
+    return source

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,16 @@ from typing import Any
 import torch
 import yaml
 
+from ..conf.protocols import Protocol
 from ..conf.schema import Measured
 from ..conf.spine import Data
 from ..conf.stages import Sampling
-from ..data.progress import progress_bar
 from ..errors import UserError
-from ..models.build import locate_model
 from ..models.open import OpenedGenerator, open_generator
-from .features import ClassifierFeatures, FeatureNet, features_place, load_features
-from .frechet import Gaussian
-from .generation import gaussian_of
-from .reference import reference_batches
+from .generation import Reference
+from .protocols import Judging, open_judging, reference_of
+from .ranks import Pace
+from .reference import split_images
 
 
 def run_of(target: Path) -> Path | None:
@@ -70,12 +69,6 @@ class Setting:
         """That samples are compared with."""
         return self.config.split or self.data.train_split
 
-    @property
-    def features_path(self) -> Path | None:
-        """Where the weights of the features lie; a classifier may be named by its run."""
-        features = self.config.features
-        return features_place(features.name, features.path or (self.config.judge if features.name == "classifier" else None))
-
     def opened_generator(self) -> OpenedGenerator:
         """The generator that the target is, and its tokenizer."""
         place = Path(self.config.decode_with) if self.config.decode_with else None
@@ -99,18 +92,11 @@ class Setting:
         opened.check_guidance(found.guidance)
         return found.model_dump()
 
-    def features(self) -> FeatureNet:
-        """The network of the Fréchet distance."""
-        return load_features(self.config.features.name, self.features_path, self.device)
+    def judging(self, protocol: Protocol, captions: Sequence[str] | None = None) -> Judging:
+        """The networks of a protocol, on the device."""
+        return open_judging(protocol, self.config, self.device, captions)
 
-    def judge(self, network: FeatureNet) -> ClassifierFeatures | None:
-        """Who tells classes: a classifier of its own, or that of the features."""
-        if self.config.judge:
-            return ClassifierFeatures(locate_model(Path(self.config.judge))).to(self.device)
-        return network if isinstance(network, ClassifierFeatures) else None
-
-    def reference(self, network: FeatureNet) -> Gaussian:
-        """Feature statistics of the reference split."""
-        batches, total, facts = reference_batches(self.data, self.reference_split, self.config.batch_size, None)
-        with progress_bar(None, total, "reference") as advance:
-            return gaussian_of(batches, network, data=facts, on_batch=advance)
+    def reference(self, judging: Judging, place: Path | None = None) -> Reference:
+        """The real images that samples are compared with: those of a file or folder, else the reference split."""
+        pace = Pace(self.config.batch_size)
+        return reference_of(judging, place, lambda: split_images(self.data, self.reference_split), pace)

@@ -33,7 +33,7 @@ class TextEncoder:
 
     def __init__(self, path: str, tokens: int = 120) -> None:
         self._network = load_frozen(path, _KINDS, "T5 or CLIP").eval().requires_grad_(False)
-        self._tokenizer = _load_tokenizer(path)
+        self._tokenizer = load_tokenizer(path)
         self.path, self.tokens = path, tokens
         config = self._network.config
         self.features: int = getattr(config, "d_model", None) or config.hidden_size
@@ -61,7 +61,12 @@ class TextEncoder:
         return pack_text(hidden, mask.sum(1), self.tokens)
 
 
-def _load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str) -> Any:
+    """What cuts texts into tokens, of a folder or hub id of transformers.
+
+    Raises:
+        UserError: there is none.
+    """
     import transformers
 
     try:

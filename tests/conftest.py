@@ -42,3 +42,8 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["TOKAR_CACHE"] = str(tmp_path_factory.mktemp("cache"))

@@ -55,7 +55,7 @@ def probe(model: Path, overrides: Sequence[str], features: str | None = None, co
     tokenizer = open_tokenizer(model)
     composed = compose_probe(model, overrides)
     network = named_features(features)
-    if network.path:
+    if network.path and network.name:
         load_features(network.name, features_place(network.name, network.path))  # or a mistake is told after the training
     views = _encode(model, composed)
     if code := start(composed):

@@ -9,6 +9,12 @@ LABELS = {
     "mse": "MSE",
     "fd_inception": "FID",
     "fd_dinov2": "FD-DINOv2",
+    "sfid": "sFID",
+    "kid": "KID",
+    "kid_std": "KID, spread over subsets",
+    "inception_score": "Inception score",
+    "inception_score_std": "Inception score, spread over parts",
+    "clip_score": "CLIP score",
     "fd_classifier": "FD, classifier",
     "bits_per_token": "bits / token",
     "bits_per_image": "bits / image",
@@ -41,9 +47,11 @@ LABELS = {
 COSTS = ("evaluations", "network_calls", "depth", "seconds", "ms_")
 """Parts of the names of what an image costs."""
 SPEEDS = ("images_per_s", "times_as_fast")
-LOWER = ("fd_", "lpips", "mse", "loss", "error", "cross_entropy", "bits_per", "data_wait", "step_ms", *COSTS)
+LOWER = ("fd_", "sfid", "kid", "lpips", "mse", "loss", "error", "cross_entropy", "bits_per", "data_wait", "step_ms", *COSTS)
 TELLING = ("psnr", "accuracy", "fd_", "ssim", "usage", "loss")
-HIGHER = ("psnr", "ssim", "accuracy", "usage", "perplexity", "images_per_s", "times_as_fast")
+HIGHER = (
+    "psnr", "ssim", "accuracy", "usage", "perplexity", "inception_score", "precision", "recall", "clip_score", *SPEEDS,
+)  # fmt: skip
 
 
 def label(key: str) -> str:
@@ -58,6 +66,8 @@ def label(key: str) -> str:
 def better(key: str) -> str:
     """`"↑"`, `"↓"`, or nothing where neither end is the good one."""
     name = key.rsplit("/", 1)[-1]
+    if name.endswith("_std"):
+        return ""
     if any(part in name for part in HIGHER):
         return "↑"
     return "↓" if any(part in name for part in LOWER) else ""

@@ -8,11 +8,12 @@ import pytest
 from lpips_weights import random_lpips
 from PIL import Image
 from safetensors.torch import save_file
-from text_encoders import write_t5
+from text_encoders import write_clip_model, write_t5
 from tokar.conf.overrides import ROOT
 from tokar.data.prepare import prepare
 from transformers import ConvNextConfig, ConvNextForImageClassification, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
+COSTS = ("network_calls", "evaluations", "depth")
 TEXTS = {path.stem: path.read_text() for path in sorted(ROOT.glob("experiment/*.yaml"))}
 STAGES = {name: re.search(r"^stage: (\w+)", text, re.MULTILINE)[1] for name, text in TEXTS.items()}
 TOKENIZERS = {
@@ -114,6 +115,7 @@ def folder(tmp_path_factory):
     ConvNextForImageClassification(config).save_pretrained(folder / "convnext")
     config = ViTConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=12, num_attention_heads=2, image_size=224)
     ViTModel(config).save_pretrained(folder / "dino")
+    write_clip_model(folder / "clip")
     return folder
 
 
@@ -207,8 +209,9 @@ def test_a_generator_of_texts_draws_prompts(take_step, start, folder):
 @pytest.mark.parametrize(
     ("how", "numbers"),
     [
-        (["features.name=dinov2", "features.path=dinov2"], {"fd_dinov2", "network_calls"}),
+        (["features.name=dinov2", "features.path=dinov2"], {"fd_dinov2", *COSTS}),
         (["measure=likelihood"], {"cross_entropy", "bits_per_token", "bits_per_image"}),
+        (["protocol=clip-score", "features.path=clip", "batch_size=1"], {"clip_score", *COSTS}),
     ],
 )
 def test_a_generator_of_texts_is_measured_by_captions(take_step, start, folder, how, numbers):

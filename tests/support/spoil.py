@@ -205,6 +205,17 @@ def images(path: str, dtype: str = "uint8", size: int = 32) -> Spoiler:
     return spoil
 
 
+def statistics(path: str, width: int) -> Spoiler:
+    """Mean and covariance of features, in the usual evaluator's layout."""
+
+    def spoil() -> None:
+        import numpy as np
+
+        np.savez(path, mu=np.zeros(width), sigma=np.eye(width))
+
+    return spoil
+
+
 def tar(path: str, **members: str) -> Spoiler:
     """A WebDataset tar of small images, with the given text as `.cls`; an empty one leaves it out."""
 

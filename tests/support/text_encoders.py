@@ -4,7 +4,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "green", "boat", "dog", "zero", "one")
 
@@ -24,6 +32,18 @@ def write_clip(folder: Path, width: int = 12) -> Path:
     )  # fmt: skip
     CLIPTextModel(config).save_pretrained(folder)
     return _write_tokenizer(folder)
+
+
+def write_clip_model(folder: Path, width: int = 12) -> CLIPModel:
+    """Both halves of a CLIP that looks at 224 pixels."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": width, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": len(WORDS), "max_position_embeddings": 9, "eos_token_id": 1, "bos_token_id": 1}
+    vision = {**sizes, "image_size": 224, "patch_size": 112}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+    model.save_pretrained(folder)
+    _write_tokenizer(folder)
+    return model
 
 
 def _write_tokenizer(folder: Path) -> Path:

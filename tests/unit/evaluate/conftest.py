@@ -22,3 +22,18 @@ def network(classifier_folder):
 @pytest.fixture
 def images():
     return torch.randint(0, 256, (23, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def source_of(images, labels=None):
+    """Images in memory as a source by number."""
+
+    def source(batches):
+        for numbers in batches:
+            yield {"image": images[numbers], **({"label": labels[numbers]} if labels is not None else {})}
+
+    return source
+
+
+@pytest.fixture
+def as_source():
+    return source_of

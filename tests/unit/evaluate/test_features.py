@@ -5,6 +5,7 @@ import torch
 from tokar.errors import UserError
 from tokar.evaluate.features import load_features
 from tokar.evaluate.inception import FIDInception
+from tokar.evaluate.inception_features import resize_tf1
 from tokar.evaluate.protocol import file_hash
 from tokar.models.build import save_model
 
@@ -19,27 +20,54 @@ def inception_file(tmp_path_factory):
 
 
 def test_inception_resizes_scales_and_states_its_weights(inception_file, images):
-    network = load_features("inception", inception_file)
-    pooled, logits = network(images[:2])
+    network = load_features("inception", inception_file, sha256=file_hash(inception_file))
+    pooled, logits, spatial = network(images[:2])
     pixels = images[:2].permute(0, 3, 1, 2).contiguous().float()
     resized = torch.nn.functional.interpolate(pixels, (299, 299), mode="bilinear", align_corners=False)
-    expected, _ = network.network(resized / 127.5 - 1)
+    expected, _, _ = network.network(resized / 127.5 - 1)
     torch.testing.assert_close(pooled, expected, rtol=0, atol=0)
-    assert (pooled.shape, logits.shape) == ((2, 2048), (2, 1008))
+    torch.testing.assert_close(logits, pooled @ network.network.fc.weight.T)  # the Inception score has no bias
+    assert (pooled.shape, logits.shape, spatial.shape) == ((2, 2048), (2, 1008), (2, 2023))
     protocol = network.protocol()
     assert protocol["weights_sha256"] == file_hash(inception_file)
-    assert protocol["weights"] == "unrecognised"
+    assert protocol["weights"] == "not the published file"
+
+
+def test_tensorflow_1_resizes_from_corner_to_corner():
+    """One output pixel at a time, by the formula."""
+    pixels = torch.rand(1, 2, 5, 7)
+    ours, size = resize_tf1(pixels, 11), 11
+    for i in range(size):
+        for j in range(size):
+            (y, x), (a, b) = (i * 5 // size, j * 7 // size), (i * 5 / size % 1, j * 7 / size % 1)
+            y1, x1 = min(y + 1, 4), min(x + 1, 6)
+            top = pixels[0, :, y, x] * (1 - b) + pixels[0, :, y, x1] * b
+            bottom = pixels[0, :, y1, x] * (1 - b) + pixels[0, :, y1, x1] * b
+            torch.testing.assert_close(ours[0, :, i, j], top * (1 - a) + bottom * a)
+    assert torch.equal(resize_tf1(pixels[..., :5], 5), pixels[..., :5])
+
+
+def test_the_usual_evaluators_network_resizes_and_scales_its_own_way(inception_file, images):
+    network = load_features("inception_tf1", inception_file, sha256=file_hash(inception_file))
+    pixels = images[:1].permute(0, 3, 1, 2).float()
+    expected = network.network((resize_tf1(pixels, 299) - 128) / 128)
+    torch.testing.assert_close(network(images[:1]).spatial, expected[2])
+    assert network.protocol()["normalisation"] == "(x - 128) / 128"
 
 
 def test_inception_refuses_weights_that_do_not_fit(inception_file, tmp_path):
     state = torch.load(inception_file, weights_only=True)
     del state["Mixed_7c.branch_pool.conv.weight"]
     torch.save(state, tmp_path / "part.pth")
-    with pytest.raises(UserError, match=r"missing Mixed_7c\.branch_pool\.conv\.weight"):
+    with pytest.raises(UserError, match=r"is not the published file; .* or say features\.sha256="):
         load_features("inception", tmp_path / "part.pth")
     (tmp_path / "text.pth").write_text("not weights")
-    with pytest.raises(UserError, match="no readable weights"):
-        load_features("inception", tmp_path / "text.pth")
+    words = {"part.pth": r"missing Mixed_7c\.branch_pool\.conv\.weight", "text.pth": "no readable weights"}
+    for name, word in words.items():
+        with pytest.raises(UserError, match=word):
+            load_features("inception", tmp_path / name, sha256=file_hash(tmp_path / name))
+    with pytest.raises(UserError, match="not the file that features"):
+        load_features("inception", inception_file, sha256="0" * 64)
 
 
 def test_dinov2_gives_the_class_token(tmp_path, images):
@@ -49,7 +77,7 @@ def test_dinov2_gives_the_class_token(tmp_path, images):
     model = transformers.Dinov2Model(config).eval()
     model.save_pretrained(tmp_path)
     network = load_features("dinov2", tmp_path)
-    pooled, logits = network(images[:2])
+    pooled, logits, _ = network(images[:2])
     resized = torch.nn.functional.interpolate(
         images[:2].permute(0, 3, 1, 2).float(), (224, 224), mode="bicubic", antialias=True
     )
@@ -59,6 +87,27 @@ def test_dinov2_gives_the_class_token(tmp_path, images):
     torch.testing.assert_close(pooled, expected)
     assert logits is None
     assert network.protocol()["weights_sha256"] == file_hash(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("size", [(16, 16), (16, 24)])
+def test_clip_gives_projections_of_images_and_captions(tmp_path, size):
+    from text_encoders import write_clip_model
+
+    model = write_clip_model(tmp_path)
+    network = load_features("clip", tmp_path)
+    pixels = torch.randint(0, 256, (2, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    wide = size[1] * 224 // 16
+    resized = torch.nn.functional.interpolate(pixels.permute(0, 3, 1, 2).float(), (224, wide), mode="bicubic", antialias=True)
+    square = resized.clamp(0, 255)[..., (wide - 224) // 2 :][..., :224] / 255
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    with torch.no_grad():
+        expected = model.visual_projection(model.vision_model((square - mean) / std).pooler_output)
+        ids = torch.tensor([[3, 4, 6, 1]])  # a red boat, end
+        words = model.text_projection(model.text_model(ids, torch.ones_like(ids)).pooler_output)
+    torch.testing.assert_close(network(pixels).pooled, expected)
+    torch.testing.assert_close(network.captions(["a red boat"]), words)
+    torch.testing.assert_close(network.captions(["a red boat", "dog"])[:1], words)
 
 
 def test_dinov2_without_transformers_names_the_command(tmp_path, monkeypatch):
@@ -75,7 +124,7 @@ def test_dinov2_without_transformers_names_the_command(tmp_path, monkeypatch):
 
 
 def test_classifier_gives_features_and_logits(network, images):
-    pooled, logits = network(images)
+    pooled, logits, _ = network(images)
     expected = network.network.features(images.permute(0, 3, 1, 2).float() / 127.5 - 1)
     torch.testing.assert_close(pooled, expected)
     torch.testing.assert_close(logits, network.network.head(pooled))

@@ -145,9 +145,23 @@ def test_split_kernels_lie_as_in_the_port(network):
 @torch.no_grad()
 def test_whole_network(network):
     image = torch.rand(1, 3, 299, 299) * 2 - 1
-    grid = network.grid(image)
-    features, logits = network(image)
+    grid, _ = network.grid(image)
+    features, logits, _ = network(image)
     assert grid.shape == (1, 2048, 8, 8)
     torch.testing.assert_close(features, grid.mean((2, 3)))
     torch.testing.assert_close(logits, features @ network.fc.weight.T + network.fc.bias)
     assert features.std() > 0
+
+
+@torch.no_grad()
+def test_spatial_features_are_the_first_channels_of_one_branch(network):
+    """The stem and the blocks before it, one after the other: `mixed_6/conv` of the evaluator's graph is Mixed_6d's 1x1."""
+    image = torch.rand(1, 3, 299, 299) * 2 - 1
+    x = chain(network, image, "Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3")
+    x = chain(network, F.max_pool2d(x, 3, stride=2), "Conv2d_3b_1x1", "Conv2d_4a_3x3")
+    x = F.max_pool2d(x, 3, stride=2)
+    for name in ("5b", "5c", "5d", "6a", "6b", "6c"):
+        x = getattr(network, f"Mixed_{name}")(x)
+    branch = by_hand(network.Mixed_6d.branch1x1, x)
+    spatial = network(image)[2].view(17, 17, 7)  # rows, columns, channels, as the graph lays them out
+    torch.testing.assert_close(spatial, branch[0, :7].permute(1, 2, 0), rtol=1e-4, atol=1e-5)

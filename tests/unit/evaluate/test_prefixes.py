@@ -3,8 +3,11 @@ import torch
 from PIL import Image
 from tiny_tokenizers import tiny
 from tokar.errors import UserError
+from tokar.evaluate.measures import Frechet
 from tokar.evaluate.prefixes import evaluate_prefixes, prefixes_of
+from tokar.evaluate.ranks import Pace
 from tokar.evaluate.reconstruction import evaluate_tokenizer
+from tokar.evaluate.score import SampleScore
 from tokar.models.tokenizers.base import Tokenizer, TokenizerOutput
 from tokar.models.tokenizers.layout import raster_layout
 from tokar.models.tokenizers.quantizers.base import Quantized, Quantizer
@@ -55,7 +58,7 @@ def batches(images, size=9):
 
 
 def test_each_level_of_a_residual_quantizer_adds_twelve_decibels(network, images, tmp_path):
-    measured = evaluate_prefixes(Pixels().eval(), batches(images), network=network)
+    measured = evaluate_prefixes(Pixels().eval(), batches(images), sides=lambda: (frechet(network), frechet(network)))
     numbers = measured.result.numbers
     psnr = [numbers[f"first {k}/psnr"] for k in (256, 512, 768)]
     assert psnr[1] - psnr[0] == pytest.approx(12.04, abs=0.5)  # 20 log10(4)
@@ -69,12 +72,16 @@ def test_each_level_of_a_residual_quantizer_adds_twelve_decibels(network, images
     assert Image.open(measured.draw_curves(tmp_path / "curves.png")).size[0] > 500
 
 
+def frechet(network):
+    return SampleScore(network, {"frechet": Frechet(network)})
+
+
 @pytest.mark.parametrize("kind", ["residual", "multiscale", "flexvar"])
 def test_all_tokens_are_the_whole_reconstruction(kind):
     tokenizer = tiny(kind)
     images = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     measured = evaluate_prefixes(tokenizer, batches(images, 2))
-    whole = evaluate_tokenizer(tokenizer, batches(images, 2))
+    whole = evaluate_tokenizer(tokenizer, lambda cuts: ({"image": images[cut]} for cut in cuts), 5, Pace(2))
     last = measured.prefixes[-1]
     assert last.tokens == tokenizer.layout.total_tokens
     for name in ("psnr", "ssim", "mse"):

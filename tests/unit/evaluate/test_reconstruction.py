@@ -4,7 +4,10 @@ import pytest
 import torch
 from tokar.errors import UserError
 from tokar.evaluate.frechet import GaussianStatistics, frechet_distance
+from tokar.evaluate.measures import Frechet
+from tokar.evaluate.ranks import Pace
 from tokar.evaluate.reconstruction import CodebookUsage, ReconstructionScore, evaluate_tokenizer, psnr, ssim
+from tokar.evaluate.score import SampleScore
 from tokar.models.tokenizers.base import Tokenizer, TokenizerOutput
 from tokar.models.tokenizers.layout import Stream, TokenLayout, raster_layout
 from torch import nn
@@ -89,14 +92,28 @@ def test_scales_are_counted_apart_and_together():
     assert numbers["codebook/scale1_perplexity"] == pytest.approx(2)
 
 
-def as_batches(images, size):
-    return [{"image": part, "label": torch.zeros(len(part), dtype=torch.int64)} for part in images.split(size)]
+def frechet_sides(network):
+    """Measures of both sides, as a protocol makes them."""
+    return network and (lambda: tuple(SampleScore(network, {"frechet": Frechet(network)}) for _ in range(2)))
+
+
+def evaluated(tokenizer, images, size, network=None, on_batch=lambda count: None, **more):
+    source, pace = source_of(images), Pace(size, on_batch=on_batch)
+    return evaluate_tokenizer(tokenizer, source, len(images), pace, sides=frechet_sides(network), **more)
+
+
+def source_of(images):
+    def source(batches):
+        for numbers in batches:
+            yield {"image": images[numbers], "label": torch.zeros(len(numbers), dtype=torch.int64)}
+
+    return source
 
 
 def test_a_tokenizer_is_measured_on_what_a_file_would_hold(network, images):
     tokenizer = Levels().train()
     seen = []
-    result = evaluate_tokenizer(tokenizer, as_batches(images, 5), network=network, data={"name": "noise"}, on_batch=seen.append)
+    result = evaluated(tokenizer, images, 5, network, seen.append, data={"name": "noise"})
     tokenizer.eval()
     written = tokenizer.decode(tokenizer.encode(images.permute(0, 3, 1, 2) / 127.5 - 1).codes)
     written = torch.floor((written + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8)
@@ -118,19 +135,19 @@ def test_a_tokenizer_is_measured_on_what_a_file_would_hold(network, images):
 
 def test_the_mode_is_put_back(images):
     tokenizer = Levels().train()
-    evaluate_tokenizer(tokenizer, as_batches(images, 23))
+    evaluated(tokenizer, images, 23)
     assert tokenizer.training
 
 
 def test_batch_size_does_not_matter(network, images):
-    results = [evaluate_tokenizer(Levels(), as_batches(images, size), network=network) for size in (1, 4, 23)]
+    results = [evaluated(Levels(), images, size, network) for size in (1, 4, 23)]
     for other in results[1:]:
         assert other.numbers == pytest.approx(results[0].numbers, rel=1e-6)
         assert other.protocol_id == results[0].protocol_id
 
 
 def test_rounding_is_another_protocol(images):
-    rounded, plain = (evaluate_tokenizer(Levels(), as_batches(images, 8), rounded=value) for value in (True, False))
+    rounded, plain = (evaluated(Levels(), images, 8, rounded=value) for value in (True, False))
     assert rounded.numbers["psnr"] != plain.numbers["psnr"]
     assert rounded.protocol_id != plain.protocol_id
 
@@ -141,32 +158,27 @@ def test_a_perceptual_distance_sees_images_in_range(images):
         assert b.abs().max() <= 1
         return (a - b).abs().mean((1, 2, 3))
 
-    result = evaluate_tokenizer(Levels(), as_batches(images, 8), perceptual=distance)
+    result = evaluated(Levels(), images, 8, perceptual=distance)
     assert 0 < result.numbers["lpips"] < 1
     assert "lpips" in result.protocol
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_parts_and_interruptions_change_nothing(network, images, ranks):
+def test_parts_change_nothing(network, images):
     tokenizer = Levels().eval()
 
-    def add(score, part):
-        codes = tokenizer.encode(part.permute(0, 3, 1, 2) / 127.5 - 1).codes
-        score.update(part, tokenizer.decode(codes), codes)
+    def score(*parts):
+        total = ReconstructionScore(tokenizer.layout, frechet_sides(network))
+        for part in parts:
+            codes = tokenizer.encode(part.permute(0, 3, 1, 2) / 127.5 - 1).codes
+            total.update({"image": part}, tokenizer.decode(codes), codes)
+        return total
 
-    whole = ReconstructionScore(tokenizer.layout, network)
-    add(whole, images)
-    total = whole.empty()
-    for rank in range(ranks):
-        part = whole.empty()
-        add(part, images[rank::ranks][:4])
-        resumed = whole.empty()
-        resumed.load_state_dict(part.state_dict())
-        add(resumed, images[rank::ranks][4:])
-        total.merge(resumed)
-    assert total.numbers() == pytest.approx(whole.numbers(), rel=1e-6)
+    total = ReconstructionScore(tokenizer.layout, frechet_sides(network))
+    for rank in range(3):
+        total.merge(score(images[rank::3][:4], images[rank::3][4:]).state_dict())
+    assert total.numbers() == pytest.approx(score(images).numbers(), rel=1e-6)
 
 
 def test_no_images_is_a_mistake():
     with pytest.raises(UserError, match="no images to measure"):
-        evaluate_tokenizer(Levels(), [])
+        evaluated(Levels(), torch.zeros(0, 16, 16, 3, dtype=torch.uint8), 8)
