@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +119,9 @@ def is_hydras(key: str) -> bool:
     return re.match(r"hydra[./]", key) is not None
 
 
-@lru_cache(1024)
 def _options(loader: ConfigLoader, key: str) -> list[str]:
-    """Options of a group, none for a key of another kind; Hydra copies all its sources to say so, at every question."""
-    return list(loader.get_group_options(key))
+    """Options of a group, none for a key of another kind: Hydra copies all its sources for each answer."""
+    return list(loader.get_group_options(key)) if is_hydras(key) or os.path.isdir(ROOT / key) else []
 
 
 def _is_choice(override: Override, loader: ConfigLoader) -> bool:

@@ -46,16 +46,16 @@ def update(optimizer, schedule, loss):
 @pytest.fixture(scope="module")
 def dd1_student():
     """A student of 50,000 pairs, its teacher, and 20,000 held-out noises with the ends of their trajectories."""
-    teacher, token_map, steps = TableTeacher(n_tokens=4), TokenMap(CODES, steps=50), 1200
+    teacher, token_map, steps = TableTeacher(n_tokens=4), TokenMap(CODES, steps=50), 800
     noise = normal(0, 70_000, 4, 2)
     codes = follow(teacher, torch.zeros(70_000, dtype=torch.int64), noise, token_map)
     student = TokenStudent(network(4), embed_dim=2, timesteps=(0, 2), split=4)
     optimizer, schedule = optimizer_of(student, lr=2e-3, steps=steps)
     for _ in range(steps):
-        rows = torch.randint(50_000, (512,))
-        done = torch.tensor(student.timesteps)[torch.randint(2, (512,))]
+        rows = torch.randint(50_000, (256,))
+        done = torch.tensor(student.timesteps)[torch.randint(2, (256,))]
         pending = student.pending(done)
-        found = student(dd1.point(codes[rows], noise[rows], CODES, pending), CLASS[:512], done)
+        found = student(dd1.point(codes[rows], noise[rows], CODES, pending), CLASS[:256], done)
         update(optimizer, schedule, dd1.losses(found, codes[rows], CODES, pending)["loss"])
     return student.eval(), teacher, noise[50_000:], codes[50_000:]
 

@@ -47,7 +47,7 @@ CUT = {
         "tokenizer.token_decoder.width=32", "tokenizer.token_decoder.layers=1", "tokenizer.token_decoder.heads=2",
         "tokenizer.semantic.depth=1",
     ],
-    r"gigatok_\w+(?<!_2d)$": ["tokenizer.token_encoder.tokens=64"],
+    r"gigatok_\w+(?<!_2d)$": ["tokenizer.token_encoder.tokens=32"],
     "gigatok_bl_dino": ["losses.adversarial_start=0"],
     "titok": [
         "tokenizer.quantizer.codebook_size=64", "tokenizer.token_encoder.width=32", "tokenizer.token_encoder.layers=1",
@@ -66,6 +66,8 @@ CUT = {
     "rar_": ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.hidden=128"],
     "nar_": ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32"],
     "par_": ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32"],
+    "dd1_var": ["student.timesteps=[0,2]", "student.split=2"],
+    "dd1_llamagen": ["student.timesteps=[0,5]", "student.split=9"],
     "var_d": ["generator.dim=64", "generator.layers=2", "generator.heads=2"],
     "diffusion_": ["fit_steps=2"],
     "block": ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32"],
@@ -76,15 +78,8 @@ CUT = {
     "llamagen_t2i": ["generator.condition.features=12"],
 }  # fmt: skip
 """By a pattern of the name's beginning: what makes a recipe small while its shape, losses and optimizers stay."""
-SIDES = (32, 64, 128)
-
-
-def side(name):
-    """Pixels of a recipe's images: ImageNet's are cut to 64, for GigaTok to 128, where 32 tokens still make a block."""
-    small, cut, blocks = SIDES
-    if "imagenet256" not in TEXTS[name]:
-        return small
-    return blocks if TOKENIZERS.get(TEACHERS.get(name, name), name).startswith("gigatok") else cut
+SMALL_SIDE, CUT_SIDE = 32, 64
+"""Pixels of the images: of the small recipes, and of those that stand for ImageNet's."""
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +97,7 @@ def noise(tmp_path_factory):
         prepare(str(source), source / "shards")
         return source / "shards"
 
-    return {size: make(size) for size in SIDES}
+    return {size: make(size) for size in (SMALL_SIDE, CUT_SIDE)}
 
 
 @pytest.fixture(scope="session")
@@ -128,14 +123,14 @@ def captioned(start, folder):
         for split in ("train", "val"):
             (folder / f"texts-{split}").mkdir()
             for number in range(4):
-                noise = random.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+                noise = random.integers(0, 256, (CUT_SIDE, CUT_SIDE, 3), dtype=np.uint8)
                 Image.fromarray(noise).save(folder / f"texts-{split}" / f"{number}.png")
                 (folder / f"texts-{split}" / f"{number}.txt").write_text("a dog")
         prepare(str(folder / "texts-{split}"), folder / "captions")
         write_t5(folder / "t5")
         command = start(
-            folder, "encode", str(tokenizer), "data=imagenet256", "data.image_size=64", "data.path=captions", "text=t5",
-            "text.path=t5", "out=captions-codes",
+            folder, "encode", str(tokenizer), "data=imagenet256", f"data.image_size={CUT_SIDE}", "data.path=captions",
+            "text=t5", "text.path=t5", "out=captions-codes",
         )  # fmt: skip
         assert command.wait() == 0, command.log.read_text()
         return "captions-codes"
@@ -177,9 +172,10 @@ def take_step(start, noise, captioned, folder):
 
 def small(name, noise):
     """Overrides for one step on noise."""
+    side = CUT_SIDE if "imagenet256" in TEXTS[name] else SMALL_SIDE
     return [
-        f"data.path={noise[side(name)]}", f"data.image_size={side(name)}",
-        "data.train_split=train", "data.val_split=val", "data.workers=0", "loop.duration=1",
+        f"data.path={noise[side]}", f"data.image_size={side}", "data.train_split=train",
+        "data.val_split=val", "data.workers=0", "loop.duration=1",
         "loop.batch_size=2", "loop.accumulate=1", "loop.eval_samples=2", "strategy.accelerator=cpu",
         *(
             override for start, overrides in CUT.items() if re.match(start, name) for override in overrides
@@ -215,7 +211,7 @@ def test_a_generator_of_texts_draws_prompts(take_step, start, folder):
     ],
 )
 def test_a_generator_of_texts_is_measured_by_captions(take_step, start, folder, how, numbers):
-    data = ["data=imagenet256", "data.image_size=64", "data.path=captions", "count=2", f"out=measured-{len(how)}"]
+    data = ["data=imagenet256", f"data.image_size={CUT_SIDE}", "data.path=captions", "count=2", f"out=measured-{len(how)}"]
     command = start(folder, "evaluate", str(take_step("llamagen_t2i_xl")), *data, *how, "strategy.accelerator=cpu")
     assert command.wait() == 0, command.log.read_text()
     (path,) = (folder / f"measured-{len(how)}").glob("*.json")
