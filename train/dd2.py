@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..models.build import build, load_model, locate_model, model_facts, model_node, weights_hash
 from ..models.distill import dd2
 from ..models.distill.adapt import VectorEmbedding, fit_embedding
-from ..models.distill.ar_diffusion import ARDiffusion
+from ..models.distill.ar_diffusion import ARDiffusion, euler_counts
 from ..models.distill.codebook import codebook_of, decode_vectors, nearest
 from ..models.distill.flow_map import TokenMap
 from ..models.distill.one_step import OneStepGenerator
@@ -91,6 +91,7 @@ class DiffusionStage:
         self.model: ARDiffusion = build(node)
         self._begin(opened.generator, codebook)
         self.model.bind(opened.tokenizer)
+        euler_counts(config.steps, self.model.plan, "steps")  # else a mistake would stop the run at its first picture
         self.model.backbone.requires_grad_(not config.head_only)
         self.trainables = {"model": Trainable(self.model, node, config.optim, facts=self.taught.facts)}
         self.frozen = self.taught.frozen
