@@ -48,7 +48,7 @@ JOB_RUN = argument("run", metavar="RUN", help="a run folder that was submitted")
 
 COMMANDS = (
     Command("slurm submit", "submit a stage as a job that saves and requeues itself", _slurm_submit,
-            (argument("stage", metavar="STAGE", help="tokenizer, generator, classifier, encode, sample or evaluate"),
+            (argument("stage", metavar="STAGE", help="tokenizer, generator, classifier, distill, encode, pairs, sample, …"),
              OVERRIDES, DRY_RUN), example="tokar slurm submit tokenizer experiment=digits_vqgan cluster=node8",
             read_on="slurm/README.md; keys of the cluster: tokar config show slurm --explain"),
     Command("slurm pipeline", "submit a chain of jobs: conf/pipeline", _slurm_pipeline, (OVERRIDES, DRY_RUN),

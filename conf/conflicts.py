@@ -23,6 +23,8 @@ def conflicts(config: Any) -> Iterator[str]:
         yield from _batch_conflicts(loop, strategy)
     if strategy is not None:
         yield from _strategy_conflicts(strategy)
+    if strategy is not None and getattr(config, "head_only", False) and strategy.name in ("fsdp", "zero3"):
+        yield f"head_only: {strategy.name} shards no weights that stay as they are; set strategy=ddp, zero1 or zero2"
     profile = getattr(config, "profile", None)
     if not isinstance(profile, bool | None) and profile.every is not None and profile.every < profile.steps:
         yield f"profile.every: a window of {profile.steps} steps is not over by then; raise it to {profile.steps} or more"

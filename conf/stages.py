@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ..ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
+from ..ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from .nodes import Component, Length, Node, Text, Varying
 from .spine import Optim, Spine
 
@@ -122,6 +122,16 @@ class StudentSampling(Node):
     )
 
 
+class Contrast(Node):
+    """Condition contrastive alignment (CCA): a trained generator learns to do without guidance."""
+
+    reference: Text = Field(description="the generator run it begins with and is compared with; its averaged weights")
+    beta: PositiveFloat = Field(0.02, description="β: of the log-likelihood ratio of an image")
+    weight: NonNegativeFloat = Field(
+        description="λ: of images under another class; VAR d16, d20 50, d24 100; LlamaGen B 1000, L 300"
+    )
+
+
 class GeneratorRun(Spine):
     """`tokar train generator`."""
 
@@ -129,6 +139,7 @@ class GeneratorRun(Spine):
     codes: Codes
     generator: Component
     class_dropout: Fraction = Field(0.1, description="share of samples trained without their class")
+    contrast: Contrast | None = Field(None, description="fine-tune a trained generator by CCA in the place of its likelihood")
     sampling: Sampling
 
 
@@ -177,7 +188,8 @@ class DiffusionRun(TaughtRun):
     fit_steps: NonNegativeInt = Field(1000, description="next-token teachers: steps to fit that layer to the table of codes")
     draws: PositiveInt = Field(4, description="noises of each token in a step (MAR: 4)")
     chunk: PositiveInt | None = Field(None, description="tokens whose scores are computed at once; null: all")
-    steps: PositiveInt = Field(10, description="Euler steps of each token when it draws")
+    steps: Varying = Field(10, description="Euler steps of each token when it draws, a number or a schedule over the image")
+    head_only: bool = Field(False, description="train the new head alone; the backbone stays the teacher's (DD2's first phase)")
 
 
 class DD2Run(TaughtRun):

@@ -17,13 +17,10 @@ from ..data.pairs import pair_noise
 from ..errors import UserError
 from ..models.build import weights_hash
 from ..models.distill.codebook import codebook_of, nearest
-from ..models.distill.distilled import Ask, Helper
+from ..models.distill.distilled import HELPED, Ask, Helper, check_help
 from ..models.generators.base import Generator
 from ..models.open import OpenedDistilled, open_generator
 from ..models.samplers.decode import Tally
-
-HELPED = ("keep", "redraw")
-"""Options for which a teacher is needed."""
 
 
 def ask_of(
@@ -42,13 +39,12 @@ def ask_of(
         UserError: options of another kind of network, help without a teacher, or a teacher that does not fit.
     """
     choices = student.model_dump(exclude={"teacher"})
-    opened.model.check(Ask(**choices))
-    asked = [name for name in HELPED if choices[name] is not None]
+    ask = Ask(**choices)
+    opened.model.check(ask)
     if student.teacher is None:
-        if asked:
-            raise UserError("needs the teacher", where=f"student.{asked[0]}", fix="give its run with student.teacher=…")
-        return Ask(**choices)
-    if not asked:
+        check_help(ask)
+        return ask
+    if not any(choices[name] is not None for name in HELPED):
         able = [f"student.{name}=…" for name in HELPED if name in opened.model.knows]
         fix = f"say so with {able[0]}" if able else "leave it out: this network has no use for one"
         raise UserError("a teacher that is to help with nothing", where="student.teacher", fix=fix)

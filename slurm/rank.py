@@ -7,6 +7,7 @@ exit code is that of whichever rank it killed.
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -20,6 +21,8 @@ ENDED = "TOKAR_ENDED"
 """Variable that names the file for the exit code."""
 ONCE = frozenset({"evaluate", "sample", "report"})
 """What runs in one process, on however many nodes."""
+SHARDS = {"encode": ("..train.encode", "encode"), "pairs": ("..train.pairs", "make_pairs")}
+"""What writes shards on all ranks, by its module and function, imported when it is known which of them is wanted."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -62,12 +65,12 @@ def run(stage: str, overrides: Sequence[str], stop: StopFlag) -> int:
         return start(composed, stop)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
-    if stage == "encode":
-        from ..train.encode import encode
-
+    if stage in SHARDS:
+        module, name = SHARDS[stage]
+        write = getattr(importlib.import_module(module, __package__), name)
         signal.signal(signal.SIGUSR1, _leave)  # finished shards are kept: the next start goes on after them
         signal.signal(signal.SIGTERM, _leave)
-        return encode(composed)
+        return int(write(composed))
     if stage == "sample":
         from ..train.sample import sample
 

@@ -24,7 +24,7 @@ from .script import Job, render
 from .snapshot import snapshot
 
 STATE, JOBS_NAME, CONFIG_NAME = "slurm", "jobs.jsonl", "config.yaml"
-STAGES = (*TRAINING, "encode", "sample", "evaluate")
+STAGES = (*TRAINING, "encode", "pairs", "sample", "evaluate")
 """What a job can run."""
 
 

@@ -26,7 +26,7 @@ from ..conf.spine import Strategy
 from ..models.generators.base import Generator
 from ..models.tokenizers.base import Tokenizer
 from .clock import Clock
-from .network import Trainable
+from .network import Trainable, held
 from .stage import Batch, Steps
 from .units import recompute
 
@@ -206,6 +206,11 @@ class _OnPaper:
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
+
+    @contextmanager
+    def apart(self) -> Iterator[Callable[..., Any]]:
+        with held(self.module):
+            yield self
 
 
 class _Watch(TorchDispatchMode):

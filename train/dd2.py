@@ -14,10 +14,10 @@ from ..conf.duration import Duration
 from ..conf.stages import DD2Run, DiffusionRun
 from ..data.stream import to_uint8
 from ..errors import UserError
-from ..models.build import build, load_model, locate_model, model_node, weights_hash
+from ..models.build import build, load_model, locate_model, model_facts, model_node, weights_hash
 from ..models.distill import dd2
 from ..models.distill.adapt import VectorEmbedding, fit_embedding
-from ..models.distill.ar_diffusion import ARDiffusion
+from ..models.distill.ar_diffusion import ARDiffusion, euler_counts
 from ..models.distill.codebook import codebook_of, decode_vectors, nearest
 from ..models.distill.flow_map import TokenMap
 from ..models.distill.one_step import OneStepGenerator
@@ -28,13 +28,18 @@ from ..models.samplers.decode import choices_for
 from .clock import Clock
 from .network import Trainable
 from .pairs import BAKED_IN
+from .randomness import sample_normals, sample_uniforms
 from .stage import Batch, Networks
+
+LEVEL_SALT, GENERATOR_SALT, START_SALT, FAKE_SALT = 1, 3, 5, 6
+"""The first two draw noise levels and, under the next number, noise; the others where the generator begins."""
 
 
 class _Taught:
     """What both stages know: a teacher, its tokenizer, its guided and truncated distributions."""
 
     def __init__(self, config: DiffusionRun | DD2Run, opened: OpenedGenerator) -> None:
+        self.seed, self.draws = config.seed, config.draws
         self.teacher, self.tokenizer = opened.generator, opened.tokenizer
         self.codebook = codebook_of(self.tokenizer)
         self.baked_in: dict[str, Any] = config.sampling.model_dump(include=set(BAKED_IN))
@@ -48,10 +53,18 @@ class _Taught:
         """What each token would be drawn from given codes `[B, N]` before it, `[B, N, V]`."""
         return distributions(self.teacher, codes, condition, self.choices)
 
+    def levels(self, batch: Batch, salt: int) -> tuple[Tensor, Tensor]:
+        """Noise levels `[M, B, N]` and noise `[M, B, N, D]` for each token; of a sample the same on any number of ranks."""
+        count, (tokens, width) = self.draws, batch["noise"].shape[1:]
+        place = (self.seed, batch["epoch"], batch["index"])
+        uniform = sample_uniforms(*place, salt, count * tokens).unflatten(1, (count, tokens))
+        normal = sample_normals(*place, salt + 1, count * tokens * width).unflatten(1, (count, tokens, width))
+        return dd2.levels(uniform).transpose(0, 1), normal.transpose(0, 1)
+
     def likelihood(self, codes: Tensor, condition: Tensor) -> dict[str, Tensor]:
-        """Of samples: nats per token under the teacher, and how many codes they use; the former alone can be gamed."""
-        used = torch.bincount(codes.flatten(), minlength=self.teacher.vocab_size) > 0
-        return {"teacher_nll": self.teacher.token_nll(codes, condition).mean(), "distinct_codes": used.sum().float()}
+        """Of samples: nats per token under the teacher, and how often they use each code; the former alone can be gamed."""
+        used = torch.bincount(codes.flatten(), minlength=self.teacher.vocab_size)
+        return {"teacher_nll": self.teacher.token_nll(codes, condition).mean(), "codes": used}
 
 
 def diffusion_node(node: Mapping[str, Any], teacher: nn.Module, embed_dim: int, config: DiffusionRun) -> dict[str, Any]:
@@ -78,6 +91,8 @@ class DiffusionStage:
         self.model: ARDiffusion = build(node)
         self._begin(opened.generator, codebook)
         self.model.bind(opened.tokenizer)
+        euler_counts(config.steps, self.model.plan, "steps")  # else a mistake would stop the run at its first picture
+        self.model.backbone.requires_grad_(not config.head_only)
         self.trainables = {"model": Trainable(self.model, node, config.optim, facts=self.taught.facts)}
         self.frozen = self.taught.frozen
 
@@ -99,7 +114,7 @@ class DiffusionStage:
         codes, labels = self._codes(batch), batch["label"]
         codebook = self.taught.codebook.to(codes.device)
         score = dd2.TeacherScore(self.taught.logits(codes, labels), codebook, self.taught.support, self.config.chunk)
-        tau, noise = dd2.draw_levels(self.config.draws, F.embedding(codes, codebook))
+        tau, noise = self.taught.levels(batch, LEVEL_SALT)
         return dd2.ground_truth_score_loss(networks["model"], codes, labels, score, codebook, tau, noise)
 
     def _codes(self, batch: Batch) -> Tensor:
@@ -110,16 +125,17 @@ class DiffusionStage:
 
     def evaluate(self, batch: Batch, networks: Networks) -> dict[str, Tensor]:
         """The loss, and of its own samples the teacher's likelihood."""
-        samples = self.model.sample(batch["noise"], batch["label"], self._book(batch), self.config.steps)
+        with networks["model"].gathered():
+            samples = self._samples(batch)
         return {"loss": self._loss(batch, networks), **self.taught.likelihood(samples, batch["label"])}
 
     def draw(self, batch: Batch, networks: Networks) -> dict[str, Tensor]:
         """Samples, token by token."""
-        samples = self.model.sample(batch["noise"], batch["label"], self._book(batch), self.config.steps)
-        return {"samples": to_uint8(self.taught.tokenizer.decode(samples))}
+        return {"samples": to_uint8(self.taught.tokenizer.decode(self._samples(batch)))}
 
-    def _book(self, batch: Batch) -> Tensor:
-        return self.taught.codebook.to(batch["noise"].device)
+    def _samples(self, batch: Batch) -> Tensor:
+        codebook = self.taught.codebook.to(batch["noise"].device)
+        return self.model.sample(batch["noise"], batch["label"], codebook, self.config.steps)
 
 
 class DD2Stage:
@@ -138,7 +154,7 @@ class DD2Stage:
         self.fake, fake_node = self._read(follows, ARDiffusion, opened)
         self.trainables = {
             "generator": Trainable(self.generator, node, config.optim, facts=self.taught.facts),
-            "fake": Trainable(self.fake, fake_node, config.fake_optim, ema=False),
+            "fake": Trainable(self.fake, fake_node, config.fake_optim, ema=False, facts=self.taught.facts),
         }
         self.frozen = self.taught.frozen
 
@@ -151,6 +167,10 @@ class DD2Stage:
                 where=folder,
                 fix="point at a run of train diffusion",
             )
+        if (model_facts(folder).get("teacher") or {}).get("hash") != self.taught.facts["teacher"]["hash"]:
+            raise UserError(
+                "was made from another teacher", where=folder, fix="give the teacher it was made from, or train one of this"
+            )
         node = {**model_node(folder), "_target_": f"{role.__module__}.{role.__name__}"}
         model: ARDiffusion = build(node)
         model.load_state_dict(weights.state_dict())
@@ -161,38 +181,46 @@ class DD2Stage:
         """One micro-batch: of the fake score network, and when its turn has come of the generator."""
         labels, book = batch["label"], self.taught.codebook.to(batch["noise"].device)
         with torch.no_grad():
-            x = networks["generator"](batch["noise"], labels)
-        tau, noise = dd2.draw_levels(self.config.draws, x)
+            x = networks["generator"](self._noise(batch, FAKE_SALT), labels)
+        tau, noise = self.taught.levels(batch, LEVEL_SALT)
         loss = dd2.fake_score_loss(networks["fake"], x, dd2.prefix_of(x, book, True), labels, tau, noise)
         networks["fake"].backward(loss)
         metrics = {"loss": loss, "code_distance": (x - F.embedding(nearest(x, book), book)).norm(dim=-1).mean()}
         if self._generators_turn(clock):
-            metrics["generator_loss"] = self._train_generator(labels, book, networks)
+            metrics["generator_loss"] = self._train_generator(batch, book, networks)
         return metrics
+
+    def _noise(self, batch: Batch, salt: int) -> Tensor:
+        """Noise `[B, N, D]` that no epoch repeats, unlike that of the pairs."""
+        like = batch["noise"]
+        return sample_normals(self.config.seed, batch["epoch"], batch["index"], salt, like[0].numel()).view_as(like)
 
     def _generators_turn(self, clock: Clock) -> bool:
         rested = clock.step >= Duration.parse(self.config.generator_rests).steps(clock.batch_size, clock.dataset_size)
         return rested and (clock.step + 1) % self.config.fake_updates == 0
 
-    def _train_generator(self, labels: Tensor, book: Tensor, networks: Networks) -> Tensor:
-        start = torch.randn(len(labels), self.taught.teacher.plan.n_tokens, book.shape[1], device=labels.device)
-        x = networks["generator"](start, labels)
-        tau, noise = dd2.draw_levels(self.config.draws, x)
-        gradients = [(weight, weight.requires_grad) for weight in self.fake.parameters()]
-        self.fake.requires_grad_(False)  # its gradient of this step is kept: it has its own loss
-        loss = dd2.generator_loss(
-            x, self.fake, lambda prefix: self.taught.logits(nearest(prefix, book), labels), book, labels, tau, noise,
-            form=self.config.form, alpha=self.config.alpha, snap=True, support=self.taught.support, chunk=self.config.chunk,
-        )  # fmt: skip
-        networks["generator"].backward(loss)
-        for weight, trained in gradients:
-            weight.requires_grad_(trained)
-        return loss
+    def _train_generator(self, batch: Batch, book: Tensor, networks: Networks) -> Tensor:
+        """The cut-graph step: no backward passes through two networks (see `TokenizerStage`).
+
+        The loss is differentiated down to the generated tokens only, the generator's backward starts from a surrogate that has
+        that very gradient; the fake score network's gradient of this step, which has its own loss, is left as it is.
+        """
+        labels, (tau, noise) = batch["label"], self.taught.levels(batch, GENERATOR_SALT)
+        x = networks["generator"](self._noise(batch, START_SALT), labels)
+        leaf = x.detach().requires_grad_()
+        with networks["fake"].apart() as fake:
+            loss = dd2.generator_loss(
+                leaf, fake, lambda prefix: self.taught.logits(nearest(prefix, book), labels), book, labels, tau, noise,
+                form=self.config.form, alpha=self.config.alpha, snap=True, support=self.taught.support, chunk=self.config.chunk,
+            )  # fmt: skip
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        networks["generator"].backward((x * gradient).sum())
+        return loss.detach()
 
     def evaluate(self, batch: Batch, networks: Networks) -> dict[str, Tensor]:
         """Of one step: how far from codes it lands, and the teacher's likelihood of the nearest ones."""
         book = self.taught.codebook.to(batch["noise"].device)
-        x = self.generator.generate(batch["noise"], batch["label"])
+        x = networks["generator"](batch["noise"], batch["label"])
         codes = nearest(x, book)
         distance = (x - F.embedding(codes, book)).norm(dim=-1).mean()
         return {"code_distance": distance, **self.taught.likelihood(codes, batch["label"])}

@@ -44,6 +44,8 @@ class Engine(ABC):
 
     def __init__(self, module: nn.Module, wrapped: nn.Module) -> None:
         self.module, self.wrapped = module, wrapped
+        self.plain = wrapped
+        """The same forward without a strategy's bookkeeping of gradients."""
 
     def __call__(self, *inputs: Any) -> Any:
         """Forward."""

@@ -228,11 +228,10 @@ class Fit:
 
     @contextmanager
     def _gathered(self) -> Iterator[None]:
-        """Inside, methods of the networks other than their forward can be called; they run uncompiled, since shapes change."""
+        """See `Network.gathered`, of all networks."""
         with ExitStack() as stack:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
             for network in self.networks.values():
-                stack.enter_context(network.engine.gathered())
+                stack.enter_context(network.gathered())
             yield
 
     @contextmanager

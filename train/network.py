@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,19 @@ class Update:
     skipped: Tensor
 
 
+@contextmanager
+def held(module: nn.Module) -> Iterator[None]:
+    """Inside, weights that are trained count as frozen."""
+    weights = [value for value in module.parameters() if value.requires_grad]
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
+
+
 class Network:
     """A network in training.
 
@@ -88,6 +102,18 @@ class Network:
     def __call__(self, *inputs: Any) -> Any:
         """Forward through the engine: arithmetic in the run's precision, gradients in step over ranks."""
         return self.engine(*inputs)
+
+    @contextmanager
+    def apart(self) -> Iterator[Callable[..., Any]]:
+        """Inside, its forward in another network's loss: gradients, to be taken inside, pass to the inputs alone."""
+        with held(self.module):
+            yield self.engine.plain
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Inside, methods of the module other than its forward can be called. Uncompiled, since shapes change. Collective."""
+        with torch.compiler.set_stance("force_eager"), self.engine.gathered():
+            yield
 
     def rest(self) -> dict[str, Tensor]:
         """What is in the module's state beside trained parameters: buffers, frozen weights."""

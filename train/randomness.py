@@ -6,6 +6,8 @@ and decisions about one sample come from a hash of (seed, epoch, sample), so the
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,12 @@ def sample_uniforms(seed: int, epoch: Tensor, index: Tensor, salt: int, count: i
     """`count` numbers in [0, 1) for each sample, `[B, count]`; see `sample_uniform`."""
     bits = _sample_bits(seed, epoch, index, salt)
     return _unit(_mix(bits[:, None] + torch.arange(count, device=bits.device)))
+
+
+def sample_normals(seed: int, epoch: Tensor, index: Tensor, salt: int, count: int) -> Tensor:
+    """`count` standard normal numbers for each sample, `[B, count]`, by Box and Muller; see `sample_uniform`."""
+    radius, angle = sample_uniforms(seed, epoch, index, salt, 2 * count).split(count, dim=1)
+    return (-2 * radius.clamp(min=2.0**-53).log()).sqrt() * (2 * math.pi * angle).cos()
 
 
 def _sample_bits(seed: int, epoch: Tensor, index: Tensor, salt: int) -> Tensor:

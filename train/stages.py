@@ -21,6 +21,7 @@ from ..models.open import open_tokenizer
 from ..models.tokenizers.base import Tokenizer
 from ..models.tokenizers.layout import TokenLayout
 from .classifier import ClassifierStage
+from .contrast import ContrastStage
 from .dd2 import DD2Stage, DiffusionStage
 from .distill import DistillStage, open_pairs, open_teacher
 from .generator import GeneratorStage
@@ -73,7 +74,7 @@ def build_generator(config: GeneratorRun, workers: Workers) -> Built:
     }  # fmt: skip
     node = fill(config.generator, known)
     _check_complete(node, layout)
-    stage = GeneratorStage(config, node, tokenizer, facts)
+    stage = (ContrastStage if config.contrast else GeneratorStage)(config, node, tokenizer, facts)
     stage.generator.plan.check(layout)
     if stage.generator.text is not None:
         _check_texts(stage.generator.text, train, validate)
@@ -95,7 +96,7 @@ def build_diffusion(config: DiffusionRun, workers: Workers) -> Built:
 
 
 def build_dd2(config: DD2Run, workers: Workers) -> Built:
-    """As `build_distill`; of the pairs only noise and class are read."""
+    """As `build_distill`; of the pairs only the class is read."""
     opened = open_teacher(config)
     train, validate = open_pairs(config, opened)
     return _built(config, workers, DD2Stage(config, opened), train, validate)

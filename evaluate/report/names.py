@@ -29,6 +29,8 @@ LABELS = {
     "tflops": "TFLOP/s",
     "mfu": "MFU",
     "save_stall_ms": "save stall, ms",
+    "tv_bound": "total variation, at most",
+    "teacher_nll": "nats / token under the teacher",
     "codes/usage": "codebook usage",
     "codes/perplexity": "codebook perplexity",
     "images_per_s": "images / s",
@@ -37,7 +39,6 @@ LABELS = {
     "seconds_per_image": "seconds / image",
     "network_calls": "network calls / image",
     "evaluations": "network evaluations / image",
-    "teacher_nll": "nats / token under the teacher",
     "pair_information": "information of pairs, nats",
     "pair_information_error": "its error, nats",
     "ms_1": "ms, 1 at once",
@@ -47,7 +48,10 @@ LABELS = {
 COSTS = ("evaluations", "network_calls", "depth", "seconds", "ms_")
 """Parts of the names of what an image costs."""
 SPEEDS = ("images_per_s", "times_as_fast")
-LOWER = ("fd_", "sfid", "kid", "lpips", "mse", "loss", "error", "cross_entropy", "bits_per", "data_wait", "step_ms", *COSTS)
+LOWER = (
+    "fd_", "sfid", "kid", "lpips", "mse", "loss", "error", "cross_entropy", "bits_per", "data_wait", "step_ms", "tv_bound",
+    "teacher_nll", "code_distance", *COSTS,
+)  # fmt: skip
 TELLING = ("psnr", "accuracy", "fd_", "ssim", "usage", "loss")
 HIGHER = (
     "psnr", "ssim", "accuracy", "usage", "perplexity", "inception_score", "precision", "recall", "clip_score", *SPEEDS,

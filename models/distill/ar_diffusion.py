@@ -169,13 +169,18 @@ class ARDiffusion(Distilled):
         return state.codes
 
 
-def euler_counts(steps: Varying, plan: Plan) -> list[int]:
+def euler_counts(steps: Varying, plan: Plan, where: str = "student.euler") -> list[int]:
     """Euler's steps of every unit, rounded down.
+
+    Args:
+        steps: a number or a schedule.
+        plan: whose units.
+        where: the config key, for the error.
 
     Raises:
         UserError: less than one step.
     """
-    values = parse_schedule(steps, "student.euler").over(plan)
+    values = parse_schedule(steps, where).over(plan)
     if min(values) < 1:
-        raise UserError(f"{min(values):g} steps of a token", where="student.euler", fix="take one step or more")
+        raise UserError(f"{min(values):g} steps of a token", where=where, fix="take one step or more")
     return [int(value + 1e-6) for value in values]  # a schedule that means a whole number may miss it by rounding

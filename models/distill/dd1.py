@@ -47,7 +47,7 @@ def losses(
     perceptual: Perceptual | None = None,
     perceptual_weight: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Means over the pending tokens: cross-entropy of the logits, squared distance of the vectors, and what they add up to.
+    """Means over samples and their pending tokens: cross-entropy of logits, squared distance of vectors, and their sum.
 
     `L = CE(logits_i, q_i) + λ_e·|x_i - c(q_i)|² + λ_p·d(x, c(q))`. The paper's own weights are not known.
 
@@ -55,7 +55,7 @@ def losses(
         prediction: of a student.
         codes: `[B, N]` at the end of the trajectories.
         codebook: `[V, D]`.
-        pending: bool `[B, N]`, at least one of them true.
+        pending: bool `[B, N]`, at least one of each sample true.
         vector_weight: λ_e.
         perceptual: `d`; `None`: left out.
         perceptual_weight: λ_p.
@@ -63,20 +63,23 @@ def losses(
     Returns:
         `loss`, `cross_entropy` (nats), `vector` (squared length), `accuracy` of the tokens, perhaps `perceptual`.
     """
-    count = pending.sum()
     logits, vectors = prediction.logits.float(), prediction.vectors.float()
-    nll = F.cross_entropy(logits.transpose(1, 2), codes, reduction="none")
     true = F.embedding(codes, codebook)
     found = {
-        "cross_entropy": (nll * pending).sum() / count,
-        "vector": ((vectors - true).square().sum(-1) * pending).sum() / count,
-        "accuracy": ((logits.argmax(-1) == codes) & pending).sum() / count,
+        "cross_entropy": _mean(F.cross_entropy(logits.transpose(1, 2), codes, reduction="none"), pending),
+        "vector": _mean((vectors - true).square().sum(-1), pending),
+        "accuracy": _mean((logits.argmax(-1) == codes).float(), pending),
     }
     total = found["cross_entropy"] + vector_weight * found["vector"]
     if perceptual is not None:
         found["perceptual"] = perceptual(torch.where(pending[..., None], vectors, true), true)
         total = total + perceptual_weight * found["perceptual"]
     return {"loss": total, **found}
+
+
+def _mean(values: Tensor, pending: Tensor) -> Tensor:
+    """Of each sample over its pending tokens, then over samples: so that it is one mean however the batch is cut up."""
+    return ((values * pending).sum(1) / pending.sum(1)).mean()
 
 
 def sequence_accuracy(student_codes: Tensor, teacher_codes: Tensor) -> Tensor:

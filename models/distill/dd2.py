@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ...errors import UserError
 from ..samplers.decode import Tally, sample
-from .ar_diffusion import ARDiffusion
 from .codebook import nearest
 from .distilled import Helper
 from .flow_map import Mixture
@@ -71,10 +70,9 @@ def noised(x: Tensor, noise: Tensor, tau: Tensor) -> Tensor:
     return (1 - tau[..., None]) * x + tau[..., None] * noise
 
 
-def draw_levels(draws: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Noise levels `[M, B, N]`, uniform in `LEAST … MOST`, and noise `[M, B, N, D]`, for tokens `[B, N, D]`; torch's RNG."""
-    tau = LEAST + (MOST - LEAST) * torch.rand(draws, *like.shape[:2], device=like.device)
-    return tau, torch.randn(draws, *like.shape, device=like.device)
+def levels(uniform: Tensor) -> Tensor:
+    """Noise levels in `LEAST … MOST` from numbers in [0, 1), any shape."""
+    return LEAST + (MOST - LEAST) * uniform
 
 
 def ground_truth_score_loss(
@@ -144,7 +142,7 @@ def distillation_loss(x: Tensor, real: Tensor, fake: Tensor, form: Form = "sid",
 
 def generator_loss(
     x: Tensor,
-    fake: ARDiffusion,
+    fake: Velocities,
     teacher_logits: TeacherLogits,
     codebook: Tensor,
     condition: Tensor,
@@ -160,11 +158,11 @@ def generator_loss(
     """Conditional score distillation: at its optimum the one-step generator's joint distribution is the teacher's.
 
     Both scores are conditioned on the generated prefix without gradient, so only the generator is back-propagated through,
-    and of the fake score network its head; freeze that network's parameters meanwhile.
+    and of the fake score network its head.
 
     Args:
         x: made by the generator that is to be trained, `[B, N, D]`.
-        fake: score network of its outputs.
+        fake: score network of its outputs, its parameters frozen meanwhile.
         teacher_logits: of the teacher, given the prefix.
         codebook: `[V, D]`.
         condition: `[B]`.
@@ -179,10 +177,9 @@ def generator_loss(
     prefix = prefix_of(x, codebook, snap)
     with torch.no_grad():
         teacher = TeacherScore(teacher_logits(prefix), codebook, support, chunk)
-        features = fake.features(prefix, condition)
     with torch.set_grad_enabled(form == "sid"):
         at = noised(x, noise, tau)
-        real, imitated = teacher.mean(at, tau), fake.mean(features, at, tau)
+        real, imitated = teacher.mean(at, tau), at - tau[..., None] * fake(prefix, condition, at, tau)
     return distillation_loss(x, real, imitated, form, alpha)
 
 

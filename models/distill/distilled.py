@@ -20,6 +20,9 @@ from ..samplers.decode import Tally
 from ..samplers.guidance import Varying
 from ..tokenizers.base import Tokenizer
 
+HELPED = ("keep", "redraw")
+"""Parts of an `Ask` for which a teacher is needed."""
+
 
 @dataclass(frozen=True)
 class Helper:
@@ -55,6 +58,17 @@ class Ask:
     redraw: int | None = None
     euler: Varying | None = None
     teacher: Helper | None = None
+
+
+def check_help(ask: Ask) -> None:
+    """Make sure that there is a teacher where one is needed.
+
+    Raises:
+        UserError: there is none.
+    """
+    asked = [name for name in HELPED if getattr(ask, name) is not None]
+    if asked and ask.teacher is None:
+        raise UserError("needs the teacher", where=f"student.{asked[0]}", fix="give its run with student.teacher=…")
 
 
 class Distilled(nn.Module, ABC):
@@ -103,9 +117,10 @@ class Distilled(nn.Module, ABC):
             tally: is told what it cost, as one batch.
 
         Raises:
-            UserError: see `check`.
+            UserError: see `check` and `check_help`.
         """
         self.check(ask)
+        check_help(ask)
         cost = Tally()
         found = self._draw(noise, condition, codebook, ask, ids, cost)
         if tally is not None:

@@ -88,9 +88,9 @@ class Generator(nn.Module, ABC):
             noise: `[B, noise_size]` in [0, 1); `None`: drawn here.
         """
 
-    def forward(self, codes: Tensor, condition: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
-        """Same as `loss`: the entry that wrappers of distributed training see."""
-        return self.loss(codes, condition, noise)
+    def forward(self, codes: Tensor, condition: Tensor, noise: Tensor | None = None, each: bool = False) -> dict[str, Tensor]:
+        """Same as `loss`, or with `each` as `token_nll` (`nll`): the entry that wrappers of distributed training see."""
+        return {"nll": self.token_nll(codes, condition, noise)} if each else self.loss(codes, condition, noise)
 
     def token_nll(self, codes: Tensor, condition: Tensor, noise: Tensor | None = None) -> Tensor:
         """Negative log-likelihood `[B, N]` of each code, nats; where it is not `exact`, an unbiased draw of an upper bound."""

@@ -8,14 +8,16 @@ import torch
 from tokar.models.distill import dd1, dd2
 from tokar.models.distill.adapt import continuous, fit_embedding
 from tokar.models.distill.ar_diffusion import ARDiffusion
+from tokar.models.distill.cca import contrastive_loss
 from tokar.models.distill.codebook import nearest
 from tokar.models.distill.distilled import Helper
 from tokar.models.distill.flow_map import TokenMap
 from tokar.models.distill.token_student import TokenStudent
 from tokar.models.distill.trajectory import follow
 from tokar.models.generators.next_token import NextToken
+from tokar.models.samplers.guidance import combine
 from torch.nn import functional as F
-from toy_teacher import TableTeacher, circle, distance, normal
+from toy_teacher import TableTeacher, circle, distance, draw_levels, normal
 
 pytestmark = pytest.mark.slow
 CODES = circle(4)
@@ -107,7 +109,7 @@ def diffusion():
     optimizer, schedule = optimizer_of(model, lr=2e-3, steps=steps)
     for _ in range(steps):
         part = codes[torch.randint(20_000, (256,))]
-        tau, noise = dd2.draw_levels(4, F.embedding(part, CODES))
+        tau, noise = draw_levels(4, F.embedding(part, CODES))
         score = dd2.TeacherScore(teacher.logits(part, CLASS), CODES)
         loss = dd2.ground_truth_score_loss(model, part, CLASS[:256], score, CODES, tau, noise)
         update(optimizer, schedule, loss)
@@ -147,10 +149,10 @@ def test_conditional_score_distillation_halves_the_distance(diffusion):
             with torch.no_grad():
                 x = generator.generate(torch.randn(256, 3, 2), label)
             prefix = dd2.prefix_of(x, CODES, snap=True)
-            loss = dd2.fake_score_loss(fake, x, prefix, label, *dd2.draw_levels(2, x))
+            loss = dd2.fake_score_loss(fake, x, prefix, label, *draw_levels(2, x))
             update(theirs, their_schedule, loss)
         start = torch.randn(256, 3, 2)
-        tau, eps = dd2.draw_levels(2, start)
+        tau, eps = draw_levels(2, start)
         fake.requires_grad_(False)
         x = generator.generate(start, label)
         update(ours, our_schedule, dd2.generator_loss(x, fake, logits, CODES, label, tau, eps, form="sid", snap=True))
@@ -159,3 +161,46 @@ def test_conditional_score_distillation_halves_the_distance(diffusion):
     print(f"sid before {before:.3f} after {after:.3f}")
     assert before > 0.4
     assert after < before / 2
+
+
+def test_without_guidance_an_aligned_generator_draws_like_its_guided_reference():
+    """CCA, measured exactly: the joint distribution of two tokens under each of two classes."""
+    import copy
+
+    every, rows = torch.cartesian_prod(torch.arange(4), torch.arange(4)), torch.arange(256)
+    torch.manual_seed(0)
+    true = torch.distributions.Dirichlet(torch.full((16,), 0.7)).sample((2,))
+    label = rows % 2
+    generator = NextToken(4, 2, n_tokens=2, dim=64, layers=2, heads=4, token_dropout=0, resid_dropout=0, ffn_dropout=0,
+                          multiple_of=32)  # fmt: skip
+
+    def joint(model, guidance):
+        """`[2, 16]`."""
+        found = []
+        for number in range(2):
+            condition = torch.full((16,), number)
+            logits = model.logits(every, condition), model.logits(every, model.null(condition))
+            log_p = combine(*logits, guidance).log_softmax(-1)
+            found.append(log_p.gather(2, every[..., None])[..., 0].sum(1).exp())
+        return torch.stack(found).detach()
+
+    def train(loss_of, steps, lr):
+        optimizer, schedule = optimizer_of(generator, lr=lr, steps=steps)
+        for _ in range(steps):
+            codes = every[torch.multinomial(true[label], 1)[:, 0]]
+            dropped = torch.rand(256) < 0.1
+            update(optimizer, schedule, loss_of(codes, dropped))
+
+    train(lambda codes, dropped: generator.loss(codes, torch.where(dropped, 2, label))["loss"], 400, 2e-3)
+    reference = copy.deepcopy(generator).requires_grad_(False)
+
+    def contrast(codes, dropped):
+        own, other = (torch.where(dropped, 2, each) for each in (label, torch.randint(2, (256,))))
+        return contrastive_loss(generator.token_nll, reference.token_nll, codes, own, other, beta=1, weight=1)["loss"]
+
+    train(contrast, 300, 1e-3)
+    guided = joint(reference, 2.0)
+    before, after = ((joint(model, 1.0) - guided).abs().sum(1).max() / 2 for model in (reference, generator))
+    print(f"to the guided teacher: before {before:.3f} after {after:.3f}")
+    assert before > 0.1
+    assert after < 0.8 * before

@@ -30,6 +30,7 @@ TOKENIZERS = {
     **dict.fromkeys(("cifar10_llamagen", "cifar10_next_scale", "cifar10_block"), "cifar10_multiscale"),
 }  # fmt: skip
 """Whose codes each generator learns here."""
+TOKENIZERS |= {name: TOKENIZERS[name[4:].replace("digits", "digits_llamagen")] for name in TEXTS if name.startswith("cca_")}
 SMALL_TEACHERS = {"digits": "digits_llamagen", "cifar10": "cifar10_llamagen"}
 TEACHERS = {
     name: SMALL_TEACHERS.get(student, student) for name in TEXTS for kind, _, student in [name.partition("_")]
@@ -70,6 +71,10 @@ CUT = {
     "dd1_llamagen": ["student.timesteps=[0,5]", "student.split=9"],
     "var_d": ["generator.dim=64", "generator.layers=2", "generator.heads=2"],
     "diffusion_": ["fit_steps=2"],
+    "diffusion_var": ["fit_steps=2", "width=64"],
+    "diffusion_llamagen": ["fit_steps=2", "width=64"],
+    "cca_var": ["generator.dim=64", "generator.layers=2", "generator.heads=2"],
+    "cca_llamagen": ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32"],
     "block": ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32"],
     **{
         start: ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32"]
@@ -155,6 +160,8 @@ def take_step(start, noise, captioned, folder):
                 overrides += ["pairs=null", "count=4", f"model={take(TEACHERS[name])}"]
             if STAGES[name] == "dd2":
                 overrides.append(f"diffusion={take(name.replace('dd2', 'diffusion'))}")
+            if name.startswith("cca_"):
+                overrides.append(f"contrast.reference={take(name[4:].replace('digits', 'digits_llamagen'))}")
             if "perceptual_weight" in TEXTS[name]:
                 overrides.append("losses.lpips_weights=lpips.safetensors")
             if "override /discriminator: dino" in TEXTS[name]:

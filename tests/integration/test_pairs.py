@@ -198,7 +198,7 @@ def test_both_networks_of_dd2_are_resumed(folder, start):
     metrics = [json.loads(line) for line in (folder / "dd2/metrics.jsonl").read_text().splitlines()]
     moved = [line["step"] for line in metrics if "train/generator_loss" in line]
     assert moved == [2, 4, 6]
-    assert {"val/code_distance", "val/teacher_nll", "val/distinct_codes"} <= {key for line in metrics for key in line}
+    assert {"val/code_distance", "val/teacher_nll", "val/codes/usage"} <= {key for line in metrics for key in line}
     cut = folder / "dd2cut"
     command = start(folder, *ask, "name=dd2cut")
     assert command.kill_when(lambda: (cut / "checkpoints/step-00000002").exists(), random.Random(2))

@@ -30,6 +30,10 @@ GENERATOR = [
     "generator.token_dropout=0", "generator.resid_dropout=0", "generator.ffn_dropout=0", "class_dropout=0.3", "optim.lr=1e-3",
     "optim.clip=0.5", "loop.accumulate=2", "loop.sample_every=3",
 ]  # fmt: skip
+TAUGHT = ["loop.duration=4", "loop.eval_samples=12", "loop.save_every=4", "sampling.guidance=2", "optim.clip=0.5"]
+DIFFUSION = ["train", "diffusion", *TAUGHT, "width=32", "depth=1", "hidden=32", "fit_steps=50", "draws=2", "steps=2"]
+DD2 = ["train", "dd2", *TAUGHT, "fake_updates=2", "draws=2", "loop.accumulate=2"]
+STUDENT = ["train", "distill", *TAUGHT, "student.timesteps=[0,5]", "student.split=64", "loop.accumulate=2"]
 FP32, HALF = 5e-4, 5e-2
 
 
@@ -89,22 +93,47 @@ def generators(tmp_path_factory, start_ranks, digits, tokenizers):
     return Runs(tmp_path_factory.mktemp("generators"), start_ranks, arguments)
 
 
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory, start_ranks, digits, generators):
+    """Runs of every stage that distils; what DD2 begins with was made by one process."""
+    folder, model, found = tmp_path_factory.mktemp("distilled"), f"model={generators.under('single')}", {}
+    for name, stage in (("student", STUDENT), ("diffusion", DIFFUSION), ("dd2", DD2)):
+        (folder / name).mkdir()
+        begin = [f"diffusion={found['diffusion'].under('single')}"] if name == "dd2" else []
+        found[name] = Runs(folder / name, start_ranks, [*stage[:2], *spine(digits), *stage[2:], model, *begin])
+    return found
+
+
+def check_like_one_process(runs, strategy):
+    alone, shared = runs.under("single"), runs.under(strategy)
+    numbers, last = metrics(shared), max(metrics(alone))
+    assert list(numbers) == list(metrics(alone))
+    assert worst(metrics(alone), numbers)[0] < FP32, worst(metrics(alone), numbers)
+    for stem in ("model", "ema", "optim"):
+        for network in sorted(path.parent.name for path in alone.glob(f"checkpoints/step-{last:08d}/*/config.json")):
+            places = [run / f"checkpoints/step-{last:08d}" / network for run in (alone, shared)]
+            if WeightFiles.exist(places[0], stem):
+                one, other = (WeightFiles(place, stem).all() for place in places)
+                assert one.keys() == other.keys()
+                # Adam turns a rounding difference in a gradient of nearly zero into a whole step of the rate
+                assert max((one[name].float() - other[name].float()).abs().max() for name in one) < 3e-3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_ranks_train_like_one_process(tokenizers, generators, strategy):
     for runs in (tokenizers, generators):
-        alone, shared = runs.under("single"), runs.under(strategy)
-        numbers = metrics(shared)
-        assert list(numbers) == list(metrics(alone))
-        assert worst(metrics(alone), numbers)[0] < FP32, worst(metrics(alone), numbers)
-        for stem in ("model", "ema", "optim"):
-            for network in sorted(path.parent.name for path in alone.glob("checkpoints/step-00000006/*/config.json")):
-                places = [run / "checkpoints/step-00000006" / network for run in (alone, shared)]
-                if WeightFiles.exist(places[0], stem):
-                    one, other = (WeightFiles(place, stem).all() for place in places)
-                    assert one.keys() == other.keys()
-                    # Adam turns a rounding difference in a gradient of nearly zero into a whole step of the rate
-                    assert max((one[name].float() - other[name].float()).abs().max() for name in one) < 3e-3
+        check_like_one_process(runs, strategy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_ranks_distil_like_one_process(distilled, strategy):
+    """Two networks in turn, one of them asked by the other's loss, and students of trajectories that are drawn on the fly."""
+    check_like_one_process(distilled["dd2"], strategy)
+    if strategy in ("fsdp", "zero3"):
+        check_like_one_process(distilled["diffusion"], strategy)
+        check_like_one_process(distilled["student"], strategy)
 
 
 @pytest.mark.slow

@@ -38,10 +38,17 @@ JUDGE = "tokar train classifier experiment=digits_classifier name=judge $TINY"
 PREPARE = "tokar data prepare workers=1 shard_size=1000"
 ENCODE = "tokar encode runs/tok out=datasets/digits-codes shard_size=1000"
 OTHER = TOKENIZER.replace("=tok ", "=two ") + " seed=1"
-FIRST = (PREPARE, TOKENIZER, OTHER, ENCODE, GENERATOR, JUDGE)
+PAIRS = "tokar distill pairs runs/gen out=datasets/pairs count=64 val_count=16 solver_steps=10 sampling.guidance=2"
+STUDENT = "tokar train distill experiment=dd1_digits name=stu model=runs/gen pairs=datasets/pairs $TINY"
+DIFFUSION = "tokar train diffusion experiment=diffusion_digits name=dif model=runs/gen pairs=datasets/pairs fit_steps=9 $TINY"
+FIRST = (PREPARE, TOKENIZER, OTHER, ENCODE, GENERATOR, JUDGE, PAIRS, STUDENT, DIFFUSION)
 """What went well before each mistake."""
 
 NEW_TOKENIZER, NEW_GENERATOR = TOKENIZER.replace("=tok ", "=new "), GENERATOR.replace("=gen ", "=new ")
+NEW_STUDENT = STUDENT.replace("=stu ", "=new ")
+DD2 = "tokar train dd2 experiment=dd2_digits name=new model=runs/gen diffusion=runs/dif pairs=null $TINY"
+TWIN = run(GENERATOR.replace("=gen ", "=twin ") + " seed=1")
+OF_OTHER_CODES = run(GENERATOR.replace("=gen ", "=far ") + " codes.path=null codes.tokenizer=runs/two")
 NEWEST, OLDER = "runs/tok/checkpoints/step-00000004", "runs/tok/checkpoints/step-00000002"
 GEN = "runs/gen/checkpoints/step-00000004/generator"
 SHARD, VAL_SHARD = "datasets/digits/train/shard-000000.tar", "datasets/digits/val/shard-000000.tar"
@@ -435,6 +442,35 @@ MISTAKES: dict[str, tuple[Mistake, ...]] = {
             "captions that are not there",
             "tokar encode runs/tok text=t5 text.path=t5 text.tokens=6 out=datasets/new",
             lambda: write_t5(Path("t5")),
+        ),
+    ),
+    "Distillation": (
+        Mistake("pairs of another guidance into the same folder", PAIRS.replace("guidance=2", "guidance=3")),
+        Mistake("pairs of a tokenizer", PAIRS.replace("runs/gen", "runs/tok")),
+        Mistake("a student of another guidance than its pairs", f"{NEW_STUDENT} sampling.guidance=1.5"),
+        Mistake("a student of another teacher than its pairs", f"{NEW_STUDENT} model=runs/twin", TWIN),
+        Mistake("a student of another codebook", f"{NEW_STUDENT} decode_with=runs/two"),
+        Mistake("pairs of another codebook", NEW_STUDENT, edit("datasets/pairs/train/manifest.json", tokenizer_hash="0" * 64)),
+        Mistake("codes of images for pairs", f"{NEW_STUDENT} pairs=datasets/digits-codes"),
+        Mistake("a step from behind the last token", f"{NEW_STUDENT} student.timesteps=[0,16]"),
+        Mistake("a step that the student was not trained for", "tokar sample runs/stu student.steps=[0,3]"),
+        Mistake("the same, measured", "tokar evaluate runs/stu features.path=runs/judge student.steps=[0,3]"),
+        Mistake("an option of DD2 for a student of DD1", "tokar sample runs/stu student.redraw=2"),
+        Mistake("options of a student for a generator", "tokar sample runs/gen student.steps=[0]"),
+        Mistake("help without a teacher", "tokar sample runs/stu student.keep=2"),
+        Mistake("a teacher with nothing to do", "tokar sample runs/stu student.teacher=runs/gen"),
+        Mistake("a teacher with nothing left to do", "tokar sample runs/stu student.teacher=runs/gen student.keep=5"),
+        Mistake("a tokenizer that is to help", "tokar sample runs/stu student.teacher=runs/tok student.keep=2"),
+        Mistake("help in other codes", "tokar sample runs/stu student.teacher=runs/far student.keep=2", OF_OTHER_CODES),
+        Mistake("a token in no step", "tokar sample runs/dif student.euler=0"),
+        Mistake("DD2 from a student", f"{DD2} diffusion=runs/stu"),
+        Mistake("DD2 from the diffusion form of another teacher", f"{DD2} model=runs/twin", TWIN),
+        Mistake(
+            "the head alone in shards", "tokar config check diffusion experiment=diffusion_digits head_only=true strategy=fsdp"
+        ),
+        Mistake("an alignment of a tokenizer", f"{NEW_GENERATOR} +contrast.reference=runs/tok +contrast.weight=300"),
+        Mistake(
+            "an alignment in other codes", f"{NEW_GENERATOR} +contrast.reference=runs/far +contrast.weight=300", OF_OTHER_CODES
         ),
     ),
     "Sampling": (

@@ -5,6 +5,7 @@ import math
 
 import torch
 from tokar.data.randoms import gaussian
+from tokar.models.distill.dd2 import levels
 from tokar.models.generators.base import Generator
 from tokar.models.generators.orders import sequence
 from torch.nn import functional as F
@@ -90,3 +91,8 @@ def floor(joint, count, seed=0):
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.multinomial(joint, count, replacement=True, generator=generator)
     return distance(torch.bincount(drawn, minlength=len(joint)).double() / count, joint)
+
+
+def draw_levels(draws, like):
+    """Noise levels `[M, B, N]` and noise `[M, B, N, D]` for tokens `[B, N, D]`, of torch's own generator."""
+    return levels(torch.rand(draws, *like.shape[:2])), torch.randn(draws, *like.shape)

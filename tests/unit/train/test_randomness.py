@@ -1,5 +1,5 @@
 import torch
-from tokar.train.randomness import sample_uniform, sample_uniforms, seed_step
+from tokar.train.randomness import sample_normals, sample_uniform, sample_uniforms, seed_step
 
 
 def test_a_step_draws_the_same_numbers_whenever_it_is_reached():
@@ -47,3 +47,13 @@ def test_several_numbers_of_a_sample_are_its_own_and_independent():
     assert (torch.corrcoef(drawn.T) - torch.eye(4)).abs().max() < 0.06
     assert abs(torch.corrcoef(neighbours)[0, 1]) < 0.06
     assert not torch.equal(drawn, sample_uniforms(7, epoch + 1, index, 2, 4))
+
+
+def test_normal_numbers_of_a_sample_are_its_own_and_normal():
+    index, epoch = torch.arange(4000), torch.full((4000,), 3)
+    drawn = sample_normals(7, epoch, index, 2, 5)
+    assert torch.equal(drawn[100:103], sample_normals(7, epoch[100:103], index[100:103], 2, 5))
+    assert (torch.corrcoef(drawn.T) - torch.eye(5)).abs().max() < 0.06
+    inside = [(drawn.abs() < limit).double().mean() for limit in (0.5, 1, 2, 3)]
+    expected = torch.tensor([0.38292, 0.68269, 0.95450, 0.99730], dtype=torch.float64)
+    assert (torch.stack(inside) - expected).abs().max() < 0.012

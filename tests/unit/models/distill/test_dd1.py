@@ -114,6 +114,12 @@ def test_losses_count_pending_tokens_alone():
     assert float(found["vector"]) == pytest.approx(4)
     assert float(found["perceptual"]) == pytest.approx(8 * 4, rel=1e-5)
     assert float(found["loss"]) == pytest.approx(0.5 * 4 + 2 * 32, rel=1e-5)
+    unsure, far = torch.randn(2, 5, 16), vectors + torch.randn(2, 5, 4)
+    whole = dd1.losses(Prediction(unsure, far), codes, CODEBOOK, pending)
+    rows = [slice(0, 1), slice(1, 2)]
+    parts = [dd1.losses(Prediction(unsure[row], far[row]), codes[row], CODEBOOK, pending[row]) for row in rows]
+    for name, value in whole.items():  # whatever the micro-batches and the ranks
+        assert float(value) == pytest.approx(sum(float(part[name]) for part in parts) / 2, rel=1e-5)
 
 
 def test_points_and_compositions(student):

@@ -93,6 +93,7 @@ def test_the_door_gives_what_the_samplers_give():
         ("one_step", {"split": 7}, "7 of 6 units"),
         ("one_step", {"redraw": 2, "split": 1}, "every token becomes a code"),
         ("one_step", {"redraw": 7, "teacher": helper}, "7 of 6 units to draw anew"),
+        ("one_step", {"redraw": 2}, "student.redraw: needs the teacher"),
         ("diffusion", {"split": 2}, "an autoregressive diffusion model knows no such thing"),
         ("diffusion", {"euler": 0.5}, "0.5 steps of a token"),
     ],
