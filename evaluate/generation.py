@@ -10,6 +10,7 @@ import torch
 
 from .protocol import Result
 from .ranks import Pace, Source, accumulate
+from .reconstruction import ROUNDING
 from .score import SampleScore
 
 
@@ -44,7 +45,8 @@ def evaluate_samples(score: SampleScore, count: int, reference: Reference, subje
     Raises:
         UserError: too few images, or a reference of other features.
     """
-    protocol = {"count": count, "samples": "uint8, as a file would hold them, neither cropped nor resized", **score.protocol()}
+    rounding = f"{ROUNDING}, or as stored; neither cropped nor resized"
+    protocol = {"count": count, "samples": rounding, **score.protocol()}
     if reference.score is not None:
         protocol["reference"] = {**reference.facts, "measures": reference.score.protocol()["measures"]}
     return Result("generation", score.numbers(reference.score), protocol, dict(subject or {}))

@@ -115,3 +115,19 @@ def test_measures_that_do_not_fit_the_features_are_refused(network):
         SpatialFrechet(network)
     with pytest.raises(UserError, match="classifier reads no captions"):
         clip_score(network, ["a"])
+
+
+def test_states_do_not_grow_with_the_images(network, images):
+    def size(state):
+        if isinstance(state, torch.Tensor):
+            return state.numel()
+        parts = state.values() if isinstance(state, dict) else state if isinstance(state, list) else []
+        return 1 + sum(map(size, parts))
+
+    measures, sizes = (Frechet(network), InceptionScore(5000), class_accuracy(network)), []
+    for start in (0, 23, 46):
+        batch = {"image": images, "label": torch.arange(23) % 4, "index": torch.arange(start, start + 23)}
+        for measure in measures:
+            measure.update(network(images), batch)
+        sizes.append([size(measure.state_dict()) for measure in measures])
+    assert sizes[0] == sizes[1] == sizes[2]
