@@ -36,7 +36,7 @@ def compared(first: Path, second: Path) -> list[tuple[str, ...]]:
              for what in before if what in after for name in before[what] if name in after[what]]  # fmt: skip
     if not lines:
         raise UserError("have no row in common", where=f"{first} and {second}", fix="measure the same: tokar bench WHAT …")
-    facts = [(key, "", old.get(key, ""), new.get(key, ""), "" if old.get(key) == new.get(key) else "differs")
+    facts = [(key, "", str(old.get(key))[:40], str(new.get(key))[:40], "" if old.get(key) == new.get(key) else "differs")
              for key in ("commit", "device", "threads")]  # fmt: skip
     head = ("", "", str(first), str(second), "second / first")
     cells = [(what, name, _short(a), _short(b), f"{b / a:.3f}" if a else "") for what, name, a, b in lines]
