@@ -28,7 +28,7 @@ from ..models.distill.trajectory import distributions
 from ..models.open import OpenedDistilled, OpenedGenerator, open_distilled
 from ..models.samplers.decode import Choices, Tally, choices_for
 from .console import say
-from .dependence import distinct, groups_of, over_pairs, pair_information
+from .dependence import beyond_chance, distinct, groups_of, over_pairs
 from .generation import Reference, evaluate_samples
 from .images import save_figure
 from .protocol import Result, content_id
@@ -239,7 +239,7 @@ class Judges:
         return self._information(self.codes)
 
     def _information(self, codes: Tensor) -> Tensor:
-        return pair_information(self._groups[codes.cpu()], self.labels, self.contest.config.groups)
+        return beyond_chance(self._groups[codes.cpu()], self.labels, self.contest.config.groups)
 
     def _protocol(self) -> dict[str, Any]:
         config, device = self.contest.config, self.contest.device
@@ -247,7 +247,7 @@ class Judges:
             "teacher": weights_hash(self.contest.teacher.generator)[:16],
             "sampling": self.contest.sampling_of(self.contest.teacher),
             "teacher_nll": "nats per token under the teacher, guided and tempered, not truncated",
-            "pair_information": f"nats given the class, between {config.groups} groups of codes, mean over pairs of tokens",
+            "pair_information": f"nats given the class beyond chance, between {config.groups} groups of codes, mean over pairs",
             "pair_information_error": "mean absolute difference to as many samples of the teacher, of another seed",
             "evaluations": "passes of the network, those with guidance twice",
             "time": {

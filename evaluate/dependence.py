@@ -36,7 +36,7 @@ def groups_of(codebook: Tensor, groups: int) -> Tensor:
 def pair_information(groups: Tensor, labels: Tensor, count: int) -> Tensor:
     """Mutual information `[T, T]` of each pair of tokens given the class, nats: `H(i) + H(j) - H(i, j)` of what was counted.
 
-    Counting makes it too high, by about `(G - 1)²/2n` for `n` samples of a class: compare equal numbers of samples only.
+    Counting makes it too high, by up to about `(G - 1)²/2n` for `n` samples of a class; see `beyond_chance`.
 
     Args:
         groups: `[N, T]`, the group of each token's code.
@@ -51,6 +51,24 @@ def pair_information(groups: Tensor, labels: Tensor, count: int) -> Tensor:
         alone = both.diagonal()
         total += (alone[:, None] + alone - both) * (len(rows) / len(labels))
     return total
+
+
+def beyond_chance(groups: Tensor, labels: Tensor, count: int, shuffles: int = 8) -> Tensor:
+    """`pair_information` less what counting finds in tokens that know nothing of each other, `[T, T]`, nats.
+
+    That is its mean over `shuffles` in which every token is exchanged among the samples of its class, which keeps how often
+    each group occurs. The shuffles are always the same ones.
+    """
+    generator = torch.Generator().manual_seed(0)
+    chance = torch.zeros(groups.shape[1], groups.shape[1], dtype=torch.float64)
+    for _ in range(shuffles):
+        mixed = groups.clone()
+        for label in labels.unique():
+            rows = (labels == label).nonzero()[:, 0]
+            order = torch.rand(len(rows), groups.shape[1], generator=generator).argsort(0)
+            mixed[rows] = groups[rows].gather(0, order)
+        chance += pair_information(mixed, labels, count) / shuffles
+    return pair_information(groups, labels, count) - chance
 
 
 def over_pairs(values: Tensor) -> float:

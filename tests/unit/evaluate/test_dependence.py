@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tokar.evaluate.dependence import distinct, groups_of, over_pairs, pair_information
+from tokar.evaluate.dependence import beyond_chance, distinct, groups_of, over_pairs, pair_information
 
 ONE_CLASS = torch.zeros(4, dtype=torch.int64)
 
@@ -31,6 +31,19 @@ def test_what_the_class_says_is_not_shared():
     codes, labels = torch.tensor([[0, 0], [0, 0], [1, 1], [1, 1]]), torch.tensor([0, 0, 1, 1])
     assert over_pairs(pair_information(codes, ONE_CLASS, 2)) == pytest.approx(math.log(2))
     assert over_pairs(pair_information(codes, labels, 2)) == pytest.approx(0, abs=1e-12)
+
+
+def test_what_counting_few_samples_adds_is_taken_away():
+    """60 samples of each class, 8 groups: independent tokens seem to share a third of a nat; a copy keeps what it shares."""
+    labels, generator = torch.arange(120) % 2, torch.Generator().manual_seed(1)
+    codes = torch.randint(8, (120, 12), generator=generator)
+    codes[:, 1] = codes[:, 0]
+    counted, found = (measure(codes, labels, 8) for measure in (pair_information, beyond_chance))
+    chance = over_pairs(counted[2:, 2:])
+    assert chance > 0.3
+    assert abs(over_pairs(found[2:, 2:])) < 0.05
+    assert float(found[0, 1]) == pytest.approx(float(counted[0, 1]) - chance, abs=0.1)
+    assert torch.equal(found, beyond_chance(codes, labels, 8))
 
 
 def test_groups_lie_together_and_draw_nothing():
