@@ -45,10 +45,10 @@ def open_model(path: Path, *, ema: bool = True, family: str | None = None, confi
         published = read_published(path, family, config)
         return Opened(published.model(), {"family": published.family.name}, published.node)
     folder = locate_model(path)
-    facts = model_facts(folder)
+    model, facts = load_model(folder, ema=ema), model_facts(folder)
     if (folder / ITS_TOKENIZER / CONFIG_NAME).is_file():
         facts["tokenizer"] = {**(facts.get("tokenizer") or {}), "path": str(folder / ITS_TOKENIZER)}
-    return Opened(load_model(folder, ema=ema), facts, model_node(folder))
+    return Opened(model, facts, model_node(folder))
 
 
 def open_tokenizer(path: Path, *, ema: bool = True, expected_hash: str | None = None) -> Tokenizer:

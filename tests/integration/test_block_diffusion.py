@@ -87,7 +87,7 @@ def test_samples_with_and_without_a_cache(start, place):
         more = [f"sampling.cache={cache}", f"out=drawn-{cache}", "strategy.accelerator=cpu"]
         said = ran(start, place, "sample", "runs/blocks", *how, *more)
         # the class, 4 blocks of 2 steps, and two where the unconditional half joins after the first block, which must be done
-        assert f"{11 if cache == 'true' else 8} network calls each" in said
+        assert f"{11 if cache == 'true' else 8} network calls (" in said
         drawn[cache] = np.load(place / f"drawn-{cache}" / "codes.npy")
     assert drawn["true"].shape == (20, 16)
     assert np.array_equal(drawn["true"], drawn["false"])

@@ -542,7 +542,10 @@ MISTAKES: dict[str, tuple[Mistake, ...]] = {
             both(picture("pictures/0.png"), picture("pictures/1.png", 16)),
         ),
         Mistake(
-            "one image is too few", "tokar evaluate pictures data=digits features.path=runs/judge", picture("pictures/0.png")
+            "one image is too few",
+            "tokar evaluate pictures data=digits features.path=runs/judge",
+            picture("pictures/0.png"),
+            makes=("evaluation/unfinished/",),  # what was looked at so far, as after an interruption
         ),
         Mistake(
             "a broken image",

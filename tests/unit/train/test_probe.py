@@ -62,4 +62,4 @@ def test_mistakes_are_told_together(run):
     ],
 )
 def test_features_are_named_or_a_classifier(text, name, path):
-    assert named_features(text).model_dump() == {"name": name, "path": path}
+    assert named_features(text).model_dump() == {"name": name, "path": path, "sha256": None}
