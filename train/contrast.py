@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..conf.stages import Contrast, GeneratorRun
 from ..errors import UserError
-from ..models.build import check_shapes, load_model, locate_model, model_facts, shapes_of
+from ..models.build import check_shapes, shapes_of
 from ..models.distill.cca import contrastive_loss
 from ..models.generators.base import Generator
+from ..models.open import open_model
 from ..models.tokenizers.base import Tokenizer
 from .clock import Clock
 from .generator import DROPOUT_SALT, GeneratorStage
@@ -83,11 +84,9 @@ def open_reference(path: Path, facts: dict[str, Any]) -> Generator:
     Raises:
         UserError: no generator, or one of other codes or classes.
     """
-    folder = locate_model(path)
-    model = load_model(folder)
+    model, theirs, _ = open_model(path)
     if not isinstance(model, Generator):
         raise UserError(f"holds a {type(model).__name__}, not a generator", where=path, fix="point at a generator run")
-    theirs = model_facts(folder)
     for name, ours in (("tokenizer", (facts["tokenizer"] or {}).get("hash")), ("classes", facts["classes"])):
         found = (theirs.get(name) or {}).get("hash") if name == "tokenizer" else theirs.get(name)
         if None not in (ours, found) and ours != found:

@@ -161,13 +161,13 @@ class Network:
             scale = scale * self.scaler.scale.to(scale.device)
         # The names are torch's own: fused optimizers look for these two attributes.
         self.optimizer.grad_scale, self.optimizer.found_inf = scale, skipped.float()  # type: ignore[attr-defined]
+        for piece, before in zip(self._moved, self._before, strict=False):
+            master = self.engine.masters[piece.master]
+            piece.write(master, torch.where(skipped.to(master.device), before, piece.read(master)))
         if self.scaler is not None:
             skipped = skipped & ~(bad & self.scaler.answers().to(bad.device))
             self.scaler.update(bad)
         self._update = Update(norm, skipped.float())
-        for piece, before in zip(self._moved, self._before, strict=False):
-            master = self.engine.masters[piece.master]
-            piece.write(master, torch.where(skipped.to(master.device), before, piece.read(master)))
 
     def _norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """Of the gradient, unscaled, over all shards."""

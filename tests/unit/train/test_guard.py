@@ -10,6 +10,7 @@ from tokar.models.tokenizers.quantizers.vq import VectorQuantizer
 from tokar.train.clock import Clock
 from tokar.train.guard import FLOOR, HORIZON, Guard
 from tokar.train.network import Trainable, Update
+from tokar.train.scaler import LossScaler
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -123,17 +124,20 @@ def test_ways_back_count_until_a_good_step_beyond_the_place(make_guard):
     assert not guard.gives_up
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("loss", [1.0, NAN])
-def test_a_codebook_that_a_forward_moved_is_put_back_when_the_step_is_left_out(workers, loss):
+def test_a_codebook_that_a_forward_moved_is_put_back_when_the_step_is_left_out(workers, loss, scaled):
+    """Also where a loss scale answers the gradient, as in fp16."""
     quantizer = VectorQuantizer(16, 4, restart_after=1)
     quantizer.steps_unused.fill_(1)
     network = workers.wrap({"net": Trainable(quantizer, {}, Optim(lr=1e-2))}, None)["net"]
+    network.scaler = LossScaler(workers.device) if scaled else None
     guard = Guard(GuardConfig(), {"net": network}, workers)
     before = {name: value.clone() for name, value in quantizer.state_dict().items()}
     guard.begin()
     found = network(torch.randn(2, 4, 3, 3))
     assert not torch.equal(quantizer.codebook, before["codebook"])
-    network.backward(found.losses["codebook"])
+    network.backward(found.losses["codebook"] * loss)
     update = network.step(1.0, veto=guard.judge(torch.tensor(loss), stop=False))
     guard.conclude(at(1), {"net": update})
     same = [torch.equal(value, before[name]) for name, value in quantizer.state_dict().items()]
