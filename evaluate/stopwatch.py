@@ -10,7 +10,7 @@ import torch
 
 
 def per_second(action: Callable[[], None], seconds: float, device: torch.device, agree: Callable[[bool], bool] = bool) -> float:
-    """Calls per second: the median of those made in `seconds`, at least three, after one to warm up.
+    """Calls per second: the median of those made in `seconds`, three at least unless they take thrice as long; one warms up.
 
     Args:
         action: what is called.
@@ -21,8 +21,11 @@ def per_second(action: Callable[[], None], seconds: float, device: torch.device,
     action()
     times: list[float] = []
     begun = time.perf_counter()
-    while len(times) < 3 or not agree(time.perf_counter() - begun >= seconds):
+    while True:
         times.append(_seconds(action, device))
+        needed = seconds if len(times) >= 3 else 3 * seconds
+        if agree(time.perf_counter() - begun >= needed):
+            break
     return 1 / sorted(times)[len(times) // 2]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,14 +41,12 @@ def bench_sampler(config: Bench, workers: Workers) -> Row:
     sampling = config.sampling.model_dump(exclude={"cache"})
     codes: dict[bool, Tensor] = {}
 
-    def row(cache: bool) -> Row:
-        def draw() -> None:
-            codes[cache] = sample(generator, labels, seed=0, cache=cache, **sampling)
+    def draw(cache: bool) -> None:
+        codes[cache] = sample(generator, labels, seed=0, cache=cache, **sampling)
 
-        return measure(config, workers, draw, images=config.sample_batch, tokens=generator.plan.n_tokens)
-
-    fast, slow = row(True), row(False)
-    cached, uncached = fast["images_per_s"], slow["images_per_s"]
+    fast = measure(config, workers, partial(draw, True), images=config.sample_batch, tokens=generator.plan.n_tokens)
+    slow = per_second(partial(draw, False), config.seconds, workers.device, workers.any)
+    cached, uncached = fast["images_per_s"], slow * config.sample_batch * workers.world
     if not torch.equal(codes[True], codes[False]):
         raise UserError("cached and uncached sampling gave different tokens", where="bench sampler", fix="report this as a bug")
     return {**fast, "cached_images_per_s": cached, "uncached_images_per_s": uncached, "ratio": cached / uncached}

@@ -21,6 +21,7 @@ from ..models.distill.ar_diffusion import ARDiffusion, euler_counts
 from ..models.distill.codebook import codebook_of, decode_vectors, nearest
 from ..models.distill.flow_map import TokenMap
 from ..models.distill.one_step import OneStepGenerator
+from ..models.distill.students import without_dropout
 from ..models.distill.trajectory import distributions, follow
 from ..models.generators.next_token import NextToken
 from ..models.open import OpenedGenerator
@@ -69,11 +70,12 @@ class _Taught:
 
 def diffusion_node(node: Mapping[str, Any], teacher: nn.Module, embed_dim: int, config: DiffusionRun) -> dict[str, Any]:
     """The node of the diffusion model of a teacher; a next-token one learns to read vectors."""
+    node = without_dropout(node)
     if isinstance(teacher, NextToken):
         continuous = "tokar.models.distill.adapt.continuous"
-        node = {"_target_": continuous, "teacher": dict(node), "embed_dim": embed_dim, "hidden": config.hidden}
+        node = {"_target_": continuous, "teacher": node, "embed_dim": embed_dim, "hidden": config.hidden}
     head = {"embed_dim": embed_dim, "width": config.width, "depth": config.depth}
-    return {"_target_": "tokar.models.distill.ar_diffusion.ARDiffusion", "teacher": dict(node), **head}
+    return {"_target_": "tokar.models.distill.ar_diffusion.ARDiffusion", "teacher": node, **head}
 
 
 class DiffusionStage:

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...errors import UserError
+from ..build import resolve_target
 from ..generators.base import Generator
 from ..generators.next_scale import NextScale
 from ..generators.next_token import NextToken
+
+_RATES = ("_dropout", "drop_path")
+
+
+def without_dropout(node: Mapping[str, Any]) -> dict[str, Any]:
+    """The node of a generator with every rate of dropout and stochastic depth at 0.
+
+    What is distilled has one right answer for each noise, which a network whose input and layers are dropped at random cannot
+    give: the dropout that keeps a teacher from learning its images by heart only hides it (docs/decisions.md).
+    """
+    rates = [name for name in inspect.signature(resolve_target(node["_target_"])).parameters if name.endswith(_RATES)]
+    return {**node, **dict.fromkeys(rates, 0.0)}
 
 
 def student_node(
@@ -26,7 +40,7 @@ def student_node(
     Raises:
         UserError: there is no student of such a teacher.
     """
-    given = {"teacher": dict(node), "timesteps": list(timesteps), "split": split}
+    given = {"teacher": without_dropout(node), "timesteps": list(timesteps), "split": split}
     if isinstance(teacher, NextScale):
         return {"_target_": "tokar.models.distill.scale_student.ScaleStudent", **given}
     if isinstance(teacher, NextToken):

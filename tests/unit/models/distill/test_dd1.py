@@ -5,11 +5,13 @@ import itertools
 import pytest
 import torch
 from tokar.errors import UserError
+from tokar.models.build import build
 from tokar.models.distill import dd1
 from tokar.models.distill.codebook import nearest
 from tokar.models.distill.distilled import Helper
 from tokar.models.distill.scale_student import ScaleStudent
 from tokar.models.distill.student import Prediction
+from tokar.models.distill.students import student_node, without_dropout
 from tokar.models.distill.token_student import TokenStudent
 from tokar.models.generators.next_scale import NextScale
 from tokar.models.generators.next_token import NextToken
@@ -221,3 +223,18 @@ def test_sequences_are_equal_or_not():
 def test_students_that_cannot_be(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_student_drops_nothing_whatever_its_teacher_did():
+    teacher = {
+        "_target_": "tokar.models.generators.next_token.NextToken",
+        "vocab_size": 16,
+        "num_classes": 3,
+        "grid": [3, 4],
+        **SIZES,
+    }
+    student = build(student_node({**teacher, "token_dropout": 0.3, "drop_path": 0.2}, build(teacher), 4, (0, 5), 5)).train()
+    given = (normal(0, 2, 12, 4), torch.tensor([0, 1]), torch.tensor([0, 5]))
+    assert torch.equal(student(*given).logits, student(*given).logits)
+    scales = {"_target_": "tokar.models.generators.next_scale.NextScale", "drop_path": 0.1, "vocab_size": 16}
+    assert without_dropout(scales) == {**scales, "drop_path": 0.0}
