@@ -120,6 +120,7 @@ class StudentSampling(Node):
     euler: Varying | None = Field(
         None, description="diffusion model: Euler steps of each token, also 'ramp:5,first=50' (DiSA); null: 10"
     )
+    compile: bool | None = Field(None, description="DD1, DD2: torch.compile the pass, worth it for many samples; null: no")
 
 
 class Contrast(Node):

@@ -78,7 +78,7 @@ class Contest(Setting):
     def results(self) -> list[Result]:
         """One for each way, the teacher first."""
         check_skip(self.teacher.generator, self._skipped)  # refused before anything is drawn, like what was distilled
-        sampling, trained = self.sampling_of(self.teacher), self._trained
+        sampling, trained = self._sampling, self._trained
         judging = self.judging(by_features(self.config, "samples", self.config.count))
         labels = class_ids(self.config.count, None, self.teacher.generator.num_classes)
         sample = teacher_way(self.teacher.generator, sampling, self.config.seed + 1)
@@ -89,6 +89,12 @@ class Contest(Setting):
         measured = {name: judges.measure(name, way) for name, way in ways.items()}
         times = self._times(ways, labels)
         return [replace(found, numbers={**found.numbers, **times[name]}) for name, found in measured.items()]
+
+    @property
+    def _sampling(self) -> dict[str, Any]:
+        """The teacher's; its step is compiled where the students' passes are."""
+        found = self.sampling_of(self.teacher)
+        return {**found, "compile": found["compile"] or self.config.strategy.compile}
 
     @property
     def _skipped(self) -> int:
@@ -125,15 +131,18 @@ class Contest(Setting):
 
     def _asks(self, model: Distilled) -> dict[str, Ask]:
         """Of a student one step, all that it was trained for, and those with its teacher's help; of others what they do."""
+        compile = self.config.strategy.compile or None
+        if isinstance(model, OneStepGenerator):
+            return {"DD2, 1 step": Ask(compile=compile)}
         if not isinstance(model, Student):
-            return {"DD2, 1 step" if isinstance(model, OneStepGenerator) else "diffusion, token by token": Ask()}
+            return {"diffusion, token by token": Ask()}
         steps = model.timesteps
-        found = {"DD1, 1 step": Ask(steps=[0])}
+        found = {"DD1, 1 step": Ask(steps=[0], compile=compile)}
         if len(steps) > 1:
             keep = steps[-1] // 2 if self.config.keep is None else self.config.keep
-            helper = Helper(self.teacher.generator, self.config.seed, self.sampling_of(self.teacher))
-            found[f"DD1, {len(steps)} steps"] = Ask()
-            found[f"DD1, teacher from {keep} to {steps[-1]}"] = Ask(keep=keep, teacher=helper)
+            helper = Helper(self.teacher.generator, self.config.seed, self._sampling)
+            found[f"DD1, {len(steps)} steps"] = Ask(compile=compile)
+            found[f"DD1, teacher from {keep} to {steps[-1]}"] = Ask(keep=keep, teacher=helper, compile=compile)
         return found
 
     def _choices(self, sampling: Mapping[str, Any]) -> Choices:
@@ -252,7 +261,7 @@ class Judges:
             "evaluations": "passes of the network, those with guidance twice",
             "time": {
                 "from": "classes", "to": "tokens, images not decoded", "turns": config.turns, "device": device.type,
-                "threads": torch.get_num_threads(),
+                "threads": torch.get_num_threads(), "compile": config.strategy.compile,
             },
         }  # fmt: skip
 

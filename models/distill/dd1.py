@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,10 @@ from torch import Tensor
 from ...errors import UserError
 from ..samplers.decode import Tally, sample
 from .codebook import nearest
-from .distilled import Helper
+from .distilled import Helper, compiled
 
 if TYPE_CHECKING:
-    from .student import Prediction, Student
+    from .student import Prediction, Read, Student
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 """Distance, a scalar, of the images of predicted vectors and of true ones, both `[B, N, D]`."""
@@ -121,10 +121,16 @@ def _joined(kept: Tensor, copied: Tensor, codes: Tensor, tail: Tensor, codebook:
     return torch.cat((kept, copied, F.embedding(codes, codebook), tail.to(kept.dtype)), dim=1)
 
 
-def _pass(student: Student, x: Tensor, condition: Tensor, codebook: Tensor, done: int, split: int | None) -> Tensor:
+def _read(student: Student, x: Tensor, condition: Tensor, done: Tensor) -> Read:
+    return student.read(x, condition, done)
+
+
+def _pass(
+    student: Student, x: Tensor, condition: Tensor, codebook: Tensor, done: int, split: int | None, compile: bool
+) -> Tensor:
     """`compose` of a student's prediction, of which no more is computed than is used; data before the split are codes."""
     known, snapped = _bounds(student, done, split)
-    read = student.read(x, condition, torch.full((len(x),), known, device=x.device))
+    read = (compiled(_read) if compile else _read)(student, x, condition, torch.full((len(x),), known, device=x.device))
     codes = student.logits(read, slice(known, max(known, snapped))).argmax(-1)
     tail = student.vectors(read, slice(max(known, snapped), x.shape[1]))
     return _joined(x[:, : min(known, snapped)], x[:, snapped:known], codes, tail, codebook)
@@ -140,6 +146,7 @@ def generate(
     steps: Sequence[int] | None = None,
     split: int | None = None,
     start: Tensor | None = None,
+    compile: bool = False,
     tally: Tally | None = None,
 ) -> Tensor:
     """Vectors `[B, N, D]` in as many passes as there are steps: each keeps what lies before it and puts the noise back.
@@ -152,6 +159,7 @@ def generate(
         steps: finished units at which each pass begins, rising; `None`: all that it was trained for. `[0]` is one step.
         split: see `Student`; `None`: the student's own. All units: every vector is a code.
         start: `[B, N, D]`, of which the units before the first step are kept; needed where that is not 0.
+        compile: see `Ask`.
         tally: is told what it cost.
 
     Raises:
@@ -168,7 +176,7 @@ def generate(
     for step in chosen:
         known = student.tokens_in(step)
         x = torch.cat((x[:, :known], noise[:, known:]), dim=1) if known else noise
-        x = _pass(student, x, condition, codebook, step, split)
+        x = _pass(student, x, condition, codebook, step, split, compile)
     if tally is not None:
         tally.add(len(chosen), len(chosen))
     return x
@@ -192,6 +200,7 @@ def assisted(
     step: int | None = None,
     split: int | None = None,
     ids: Tensor | None = None,
+    compile: bool = False,
     tally: Tally | None = None,
 ) -> Tensor:
     """Vectors `[B, N, D]` with the teacher's help ("pre-trained-n-m"): a step, the teacher from `keep` to `step`, another step.
@@ -209,6 +218,7 @@ def assisted(
         step: from which the student goes on; `None`: the last one that it was trained for.
         split: see `generate`.
         ids: `[B]` numbers of the samples, for the teacher's draws; `None`: 0 to B - 1.
+        compile: see `Ask`; of the student's passes.
         tally: is told what it cost, as one batch.
 
     Raises:
@@ -221,16 +231,18 @@ def assisted(
             f"{keep} units kept, and the student goes on from {last}", where="student.keep",
             fix=f"keep 0 to {last - 1} units" if last else "take a student that was trained for a second step",
         )  # fmt: skip
-    cost, given = Tally(), torch.full(noise.shape[:2], -1, device=noise.device)
+    cost = Tally()
+    options: dict[str, Any] = {"split": split, "compile": compile, "tally": cost}
+    given = torch.full(noise.shape[:2], -1, device=noise.device)
     if keep:
         kept = student.tokens_in(keep)
-        first = generate(student, codebook, condition, noise, steps=[0], split=split, tally=cost)
+        first = generate(student, codebook, condition, noise, steps=[0], **options)
         given[:, :kept] = nearest(first[:, :kept], codebook)
     codes = sample(
         helper.generator, condition, seed=helper.seed, sample_ids=ids, given=given, until=last, tally=cost, **helper.sampling
     )
     start = F.embedding(codes, codebook)
-    found = generate(student, codebook, condition, noise, steps=[last], split=split, start=start, tally=cost)
+    found = generate(student, codebook, condition, noise, steps=[last], start=start, **options)
     if tally is not None:
         tally.add(cost.calls, cost.evaluations, cost.depth)
     return found

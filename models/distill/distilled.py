@@ -5,8 +5,9 @@ Shapes: `B` batch, `N` tokens of an image, `D` code width, `V` codebook. Units a
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -49,6 +50,7 @@ class Ask:
         keep: units that stay of a student's first pass; its teacher draws those up to the last step.
         redraw: last units that the teacher draws anew.
         euler: Euler steps of each token, a number or a schedule over the image.
+        compile: run the pass through `torch.compile`: worth it for many samples of one batch size.
         teacher: who helps with `keep` and `redraw`.
     """
 
@@ -57,7 +59,15 @@ class Ask:
     keep: int | None = None
     redraw: int | None = None
     euler: Varying | None = None
+    compile: bool | None = None
     teacher: Helper | None = None
+
+
+@functools.cache
+def compiled(part: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a network and its inputs, compiled; other batch sizes make it compile once more, then for any size."""
+    # Of the function, not of one network: see `generators.static_step.compiled_step`.
+    return torch.compile(part)
 
 
 def check_help(ask: Ask) -> None:

@@ -16,7 +16,7 @@ from ..samplers.decode import Tally
 from .ar_diffusion import ARDiffusion
 from .codebook import nearest
 from .dd2 import refine
-from .distilled import Ask
+from .distilled import Ask, compiled
 
 
 class OneStepGenerator(ARDiffusion):
@@ -27,7 +27,7 @@ class OneStepGenerator(ARDiffusion):
     """
 
     kind: ClassVar[str] = "a one-step generator of Distilled Decoding 2"
-    knows: ClassVar[tuple[str, ...]] = ("split", "redraw")
+    knows: ClassVar[tuple[str, ...]] = ("split", "redraw", "compile")
 
     def check(self, ask: Ask) -> None:
         """See `Distilled.check`."""
@@ -40,7 +40,7 @@ class OneStepGenerator(ARDiffusion):
             )
 
     def _draw(self, noise: Tensor, condition: Tensor, codebook: Tensor, ask: Ask, ids: Tensor, cost: Tally) -> Tensor:
-        vectors = self.generate(noise, condition)
+        vectors = (compiled(_generate) if ask.compile else _generate)(self, noise, condition)
         cost.add(1, 1)
         if ask.redraw is not None and ask.teacher is not None:
             codes = refine(ask.teacher, vectors, condition, codebook, ask.redraw, ids=ids, tally=cost)
@@ -48,3 +48,7 @@ class OneStepGenerator(ARDiffusion):
         snapped = self.plan.committed[self.plan.n_units if ask.split is None else ask.split]
         codes = nearest(vectors[:, :snapped], codebook)
         return torch.cat((F.embedding(codes, codebook), vectors[:, snapped:]), dim=1)
+
+
+def _generate(model: ARDiffusion, noise: Tensor, condition: Tensor) -> Tensor:
+    return model.generate(noise, condition)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +86,7 @@ class Student(Distilled):
     """
 
     kind: ClassVar[str] = "a student of Distilled Decoding 1"
-    knows: ClassVar[tuple[str, ...]] = ("steps", "split", "keep")
+    knows: ClassVar[tuple[str, ...]] = ("steps", "split", "keep", "compile")
     head: nn.Module
 
     def __init__(self, teacher: PlannedGenerator, embed_dim: int, timesteps: Sequence[int], split: int) -> None:
@@ -158,10 +158,11 @@ class Student(Distilled):
 
     def _draw(self, noise: Tensor, condition: Tensor, codebook: Tensor, ask: Ask, ids: Tensor, cost: Tally) -> Tensor:
         given = (self, codebook, condition, noise)
+        options: dict[str, Any] = {"split": ask.split, "compile": bool(ask.compile), "tally": cost}
         if ask.keep is None or ask.teacher is None:
-            return dd1.generate(*given, steps=ask.steps, split=ask.split, tally=cost)
+            return dd1.generate(*given, steps=ask.steps, **options)
         step = ask.steps[-1] if ask.steps else None
-        return dd1.assisted(*given, helper=ask.teacher, keep=ask.keep, step=step, split=ask.split, ids=ids, tally=cost)
+        return dd1.assisted(*given, helper=ask.teacher, keep=ask.keep, step=step, ids=ids, **options)
 
     def check_step(self, units: int) -> None:
         """Refuse a step that begins where it never learned to begin.
