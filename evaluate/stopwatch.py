@@ -30,7 +30,11 @@ def per_second(action: Callable[[], None], seconds: float, device: torch.device,
 
 
 def in_turns(
-    actions: Mapping[str, Callable[[], None]], turns: int, device: torch.device, on_turn: Callable[[int], None] | None = None
+    actions: Mapping[str, Callable[[], object]],
+    turns: int,
+    device: torch.device,
+    on_turn: Callable[[int], None] | None = None,
+    seconds: float = 0.0,
 ) -> dict[str, float]:
     """Seconds that each action takes, by name: the median of its turns, after one to warm up.
 
@@ -38,14 +42,16 @@ def in_turns(
 
     Args:
         actions: by name.
-        turns: of each.
+        turns: of each, at least.
         device: of their work.
         on_turn: told 1 after each call that counts.
+        seconds: to go on for.
     """
     times: dict[str, list[float]] = {name: [] for name in actions}
     for action in actions.values():
         action()
-    for _ in range(turns):
+    begun = time.perf_counter()
+    while min(map(len, times.values())) < turns or time.perf_counter() - begun < seconds:
         for name, action in actions.items():
             times[name].append(_seconds(action, device))
             if on_turn:
@@ -53,7 +59,7 @@ def in_turns(
     return {name: median(found) for name, found in times.items()}
 
 
-def _seconds(action: Callable[[], None], device: torch.device) -> float:
+def _seconds(action: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()

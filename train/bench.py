@@ -19,6 +19,7 @@ from ..evaluate.console import say, table
 from ..evaluate.protocol import versions, write_whole
 from .bench_generators import bench_attention, bench_blocks, bench_sampler, bench_scales, layout_of
 from .bench_measure import measure
+from .bench_plain import PLAIN, bench_compiled
 from .bench_quantizer import bench_quantizer
 from .bench_strategies import bench_generator, bench_strategies
 from .bench_table import Row, columns_of, overview
@@ -40,7 +41,7 @@ SHORT = 1e-3
 def bench(whats: Sequence[str], overrides: Sequence[str]) -> int:
     """Measure `whats` (all when none is named), print a table and write JSON with commit, versions and device."""
     config: Bench = compose("bench", overrides).typed
-    names = [*BENCHES, "strategies"]
+    names = [*BENCHES, *APART, "strategies"]
     unknown = [what for what in whats if what not in names]
     if unknown:
         raise UserError("nothing of that name to measure", where=unknown[0], fix=nearest(unknown[0], names))
@@ -51,9 +52,9 @@ def bench(whats: Sequence[str], overrides: Sequence[str]) -> int:
         rows |= bench_strategies(config, overrides)
     workers = Workers(config.strategy)
     workers.launch()
-    for what in [what for what in whats if what in BENCHES] if whats else BENCHES:
+    for what in [what for what in whats if what != "strategies"] if whats else BENCHES:
         forget_peak(workers.device)
-        measured = BENCHES[what](config, workers)
+        measured = (BENCHES | APART)[what](config, workers)
         rows[what] = {**measured, **memory(workers.device)}
         if workers.rank == 0:
             say(table(what, rows[what]))
@@ -77,7 +78,7 @@ def bench(whats: Sequence[str], overrides: Sequence[str]) -> int:
 def _profile(what: str, config: Bench, workers: Workers, folder: Path) -> str:
     """Measure once more under the profiler; says where trace and table lie."""
     again, place = config.model_copy(update={"seconds": SHORT}), folder / f"{what}-rank-{workers.rank}"
-    profiled(lambda: BENCHES[what](again, workers), place, workers.device)
+    profiled(lambda: (BENCHES | APART)[what](again, workers), place, workers.device)
     return f"{place}.txt: the dearest operations of {what}; {place.name}.json.gz: the trace, for Perfetto"
 
 
@@ -124,7 +125,10 @@ BENCHES: dict[str, Callable[[Bench, Workers], Row]] = {
     "checkpoint": bench_checkpoint,
     "start": bench_start,
     "quantizer": bench_search,
+    **PLAIN,
 }
+"""All that is measured when nothing is named; `APART` is when it is."""
+APART: dict[str, Callable[[Bench, Workers], Row]] = {"compiled": bench_compiled}
 
 
 def _train_step(step: Callable[..., Any], batch: dict[str, Tensor], clock: Clock, networks: dict[str, Network]) -> None:

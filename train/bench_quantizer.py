@@ -5,12 +5,12 @@ Shapes: `R` rows, `D` code width, `V` codebook.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ..evaluate.stopwatch import in_turns
 from ..models.tokenizers.quantizers import nearest_code
 from .profiler import allocated_peak
 
@@ -46,31 +46,14 @@ def bench_quantizer(
     def search() -> Tensor:
         return nearest_code(z, codes)
 
-    search_ms, plain_ms = _medians(search, plain, seconds, z.is_cuda)
+    times = in_turns({"search": search, "plain": plain}, 3, z.device, seconds=2 * seconds)
     return {
-        "search_ms": search_ms,
-        "plain_ms": plain_ms,
-        "ratio": search_ms / plain_ms,
+        "search_ms": 1000 * times["search"],
+        "plain_ms": 1000 * times["plain"],
+        "ratio": times["plain"] / times["search"],
         "search_mib": _peak(search, z.is_cuda) / 2**20,
         "plain_mib": _peak(plain, z.is_cuda) / 2**20,
     }
-
-
-def _medians(first: Callable[[], Tensor], second: Callable[[], Tensor], seconds: float, cuda: bool) -> tuple[float, float]:
-    """Milliseconds of each, in turns, so that both see the same load of the machine."""
-    times: tuple[list[float], list[float]] = ([], [])
-    first(), second()
-    begun = time.perf_counter()
-    while len(times[0]) < 3 or time.perf_counter() - begun < 2 * seconds:
-        for action, taken in zip((first, second), times, strict=True):
-            if cuda:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            action()
-            if cuda:
-                torch.cuda.synchronize()
-            taken.append(1e3 * (time.perf_counter() - start))
-    return sorted(times[0])[len(times[0]) // 2], sorted(times[1])[len(times[1]) // 2]
 
 
 def _peak(action: Callable[[], Tensor], cuda: bool) -> int:

@@ -54,25 +54,26 @@ class Numbers:
 
 
 def restrict(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Logits `[..., V]` in which the tokens that may not be drawn are -inf, as LlamaGen does.
+    """Logits `[..., V]` in which the tokens that may not be drawn are -inf, as LlamaGen does; in one pass over them.
 
     Args:
         logits: already divided by the temperature.
         top_k: keep the k largest (and any equal to the k-th); 0 keeps all.
-        top_p: then keep the most likely tokens up to and including the first at which their total passes `top_p`; 1 keeps all.
+        top_p: of these k the most likely up to and including the first at which their total passes `top_p` (and any equal to
+            it); 1 keeps all.
     """
-    if 0 < top_k < logits.shape[-1]:
-        threshold = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < threshold, -torch.inf)
+    truncated = 0 < top_k < logits.shape[-1]
+    if not truncated and top_p >= 1.0:
+        return logits
+    ordered = logits.topk(top_k, dim=-1).values if truncated else logits.sort(dim=-1, descending=True).values
     if top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         probability = ordered.softmax(dim=-1)
-        # Dropped where the tokens before it already pass top_p: the crossing token itself stays, and so does the first.
-        before = probability.cumsum(dim=-1) - probability
-        dropped = before > top_p
-        dropped[..., 0] = False
-        logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -torch.inf)
-    return logits
+        # The last that is kept is the last before which they have not yet passed top_p; the first always is.
+        kept = (probability.cumsum(dim=-1) - probability <= top_p).sum(dim=-1, keepdim=True).clamp_min(1)
+        least = ordered.gather(-1, kept - 1)
+    else:
+        least = ordered[..., -1:]
+    return logits.masked_fill(logits < least, -torch.inf)
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:

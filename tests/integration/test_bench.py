@@ -21,7 +21,7 @@ def test_a_bench_of_everything(start, digits, tmp_path):
     written = json.loads((tmp_path / "bench.json").read_text())
     assert set(written["rows"]) == {
         "loader", "encode", "tokenizer", "generator", "sampler", "scales", "blocks", "student", "attention", "checkpoint",
-        "start", "quantizer",
+        "start", "quantizer", "update", "convolutions", "guidance", "truncation",
     }  # fmt: skip
     assert {"device", "threads", "versions", "commit", "config"} <= set(written)
     rows = written["rows"]

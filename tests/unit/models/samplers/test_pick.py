@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokar.models.samplers.pick import draw, pick, restrict, uniforms
+from tokar.train.bench_plain import restrict_plainly
 
 PROBABILITIES = torch.tensor([0.1, 0.4, 0.05, 0.2, 0.25])  # order of likelihood: 1, 4, 3, 0, 2
 LOGITS = PROBABILITIES.log()
@@ -44,6 +45,16 @@ def test_top_p_counts_what_top_k_left() -> None:
 
 def test_top_k_keeps_ties() -> None:
     assert kept(restrict(torch.tensor([1.0, 2.0, 2.0, 0.0]), 1)) == {1, 2}
+
+
+def test_top_p_keeps_ties() -> None:
+    assert kept(restrict(torch.tensor([1.0, 2.0, 2.0, 0.0]), top_p=0.1)) == {1, 2}
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(3, 0.5), (40, 0.9), (40, 1.0), (64, 0.7), (1, 0.1)])
+def test_one_pass_keeps_what_two_keep(top_k: int, top_p: float) -> None:
+    logits = 2 * torch.randn(50, 2, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(restrict(logits, top_k, top_p), restrict_plainly(logits, top_k, top_p))
 
 
 def brute_force(logits: list[float], uniform: float, top_k: int, top_p: float) -> int:
