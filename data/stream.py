@@ -10,6 +10,7 @@ import atexit
 import multiprocessing
 import signal
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from itertools import islice
 from typing import Any, Protocol
@@ -56,7 +57,7 @@ class Stream:
         rank: of this process; it gets its contiguous share of each global batch (as `np.array_split` cuts it).
         world: number of processes.
         accumulate: micro-batches per step and rank, again as `np.array_split` cuts.
-        workers: processes that read and decode; 0: this one.
+        workers: processes that read and decode; 0: a thread of this one, a micro-batch ahead.
         shuffle: false: the order of the data set in every epoch.
         transform: replaces the transform of an `ImageDataset`.
         prefetch: micro-batches in flight per worker.
@@ -159,11 +160,19 @@ class Stream:
             yield batch
 
     def _here(self, fetch: _Fetch, wanted: Iterable[Samples]) -> Iterator[Batch | UserError]:
-        for samples in wanted:
-            batch = fetch[samples]
-            if self.pin and not isinstance(batch, UserError):
-                batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-            yield batch
+        """Read a micro-batch ahead: decoders and the steps of a training both leave Python's lock to the other."""
+        made = (self._made(fetch, samples) for samples in wanted)
+        with ThreadPoolExecutor(1, "reader") as reader:
+            coming = reader.submit(next, made, None)
+            while (batch := coming.result()) is not None:
+                coming = reader.submit(next, made, None)
+                yield batch
+
+    def _made(self, fetch: _Fetch, samples: Samples) -> Batch | UserError:
+        batch = fetch[samples]
+        if self.pin and not isinstance(batch, UserError):
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        return batch
 
     def _in_workers(self, fetch: _Fetch, wanted: Iterable[Samples]) -> Iterator[Batch | UserError]:
         closing = multiprocessing.RawValue("b", 0)
