@@ -198,7 +198,6 @@ def sample(
     Raises:
         UserError: a choice out of range, or a generator that gives NaN.
     """
-    plan, total = generator.plan, len(condition) * generator.plan.n_tokens
     choices = choices_for(
         generator, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy, **within
     )
@@ -213,40 +212,65 @@ def sample(
     if max_batch is not None and max_batch < 1:
         raise UserError(f"{max_batch}", where="max_batch", fix="draw at least one sample at once")
     if not ids:
-        return condition.new_zeros(0, plan.n_tokens, dtype=torch.int64)
-
-    def run(rows: slice) -> Tensor:
-        part = condition[rows]
-        part = part if part.is_floating_point() else part.long()
-        capacity = len(part) * (2 if any(choices.guided) else 1)
-        decoder = CachedDecoder(generator, part, capacity, compile) if cache else UncachedDecoder(generator, part)
-        fixed = None if given is None else given[rows].to(part.device)
-        numbers = Numbers(seed, ids[rows], plan.n_tokens, part.device)
-        source = None if transport is None else functools.partial(_carry, transport, rows)
-        broken = torch.zeros((), dtype=torch.bool, device=part.device)
-        first = 0 if fixed is None or choices.inner else _given_units(plan, fixed)
-        if fixed is not None and first:
-            decoder.resume(fixed, first)
-        doubled = 0
-        for unit in range(first, plan.n_units if until is None else until):
-            _pair(decoder, unit, choices)
-            before = decoder.calls
-            broken |= _reveal(decoder, plan, unit, choices, numbers, fixed, source)
-            doubled += decoder.calls - before if decoder.paired else 0
-            if progress is not None:
-                progress(rows.start * plan.n_tokens + len(part) * plan.committed[unit + 1], total)
-        if broken:  # asked once per chunk: a GPU would have to wait at every unit
-            raise UserError("the generator's logits are not a number", fix="its weights diverged: use an earlier checkpoint")
-        if tally is not None:
-            tally.add(decoder.calls, decoder.calls + doubled)
-        return decoder.codes
-
+        return condition.new_zeros(0, generator.plan.n_tokens, dtype=torch.int64)
+    last = generator.plan.n_units if until is None else until
+    request = _Request(generator, condition, choices, seed, ids, given, cache, compile, last, transport, progress, tally)
     training = generator.training
     generator.eval()
     try:
-        return torch.cat(_in_chunks(len(condition), max_batch or len(condition), run))
+        return torch.cat(_in_chunks(len(condition), max_batch or len(condition), request.draw))
     finally:
         generator.train(training)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What `sample` was asked for, of which rows can be drawn in any order."""
+
+    generator: Generator
+    condition: Tensor
+    choices: Choices
+    seed: int
+    ids: Sequence[int]
+    given: Tensor | None
+    cache: bool
+    compile: bool
+    last: int
+    transport: Transport | None
+    progress: Progress | None
+    tally: Tally | None
+
+    def draw(self, rows: slice) -> Tensor:
+        """Codes `[b, N]` of these rows."""
+        plan, decoder = self.generator.plan, self._decoder(rows)
+        fixed = None if self.given is None else self.given[rows].to(decoder.codes.device)
+        numbers = Numbers(self.seed, self.ids[rows], plan.n_tokens, decoder.codes.device)
+        source = None if self.transport is None else functools.partial(_carry, self.transport, rows)
+        broken = torch.zeros((), dtype=torch.bool, device=decoder.codes.device)
+        first = 0 if fixed is None or self.choices.inner else _given_units(plan, fixed)
+        if fixed is not None and first:
+            decoder.resume(fixed, first)
+        doubled = 0
+        for unit in range(first, self.last):
+            _pair(decoder, unit, self.choices)
+            before = decoder.calls
+            broken |= _reveal(decoder, plan, unit, self.choices, numbers, fixed, source)
+            doubled += decoder.calls - before if decoder.paired else 0
+            if self.progress is not None:
+                done = rows.start * plan.n_tokens + len(decoder.codes) * plan.committed[unit + 1]
+                self.progress(done, len(self.condition) * plan.n_tokens)
+        if broken:  # asked once per chunk: a GPU would have to wait at every unit
+            raise UserError("the generator's logits are not a number", fix="its weights diverged: use an earlier checkpoint")
+        if self.tally is not None:
+            self.tally.add(decoder.calls, decoder.calls + doubled)
+        return decoder.codes
+
+    def _decoder(self, rows: slice) -> Decoder:
+        part = self.condition[rows]
+        part = part if part.is_floating_point() else part.long()
+        if not self.cache:
+            return UncachedDecoder(self.generator, part)
+        return CachedDecoder(self.generator, part, len(part) * (2 if any(self.choices.guided) else 1), self.compile)
 
 
 def _pair(decoder: Decoder, unit: int, choices: Choices) -> None:
