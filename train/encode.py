@@ -43,16 +43,22 @@ def encode(composed: Composed) -> int:
             fix=f"set data.image_size={height}, or train a tokenizer on this size",
         )
     text = TextEncoder(config.text.path, config.text.tokens).to(workers.device) if config.text else None
-    for split in config.splits:
-        _encode_split(config, workers, tokenizer, text, split)
+    _, transform = _views(config)
+    data = {
+        split: ImageDataset(config.data.path, split, transform=transform, decoder=config.data.decoder)
+        for split in config.splits
+    }
+    for images in data.values() if text is not None else ():
+        Captions(images).read(0)  # a split that is missing, or has no captions, is said before anything is written
+    for split, images in data.items():
+        _encode_split(config, workers, tokenizer, text, split, images)
     return 0
 
 
-def _encode_split(config: Encode, workers: Workers, tokenizer: Tokenizer, text: TextEncoder | None, split: str) -> None:
-    views, transform = _views(config)
-    images = ImageDataset(config.data.path, split, transform=transform, decoder=config.data.decoder)
-    if text is not None:
-        Captions(images).read(0)  # none at all is said before anything is written
+def _encode_split(
+    config: Encode, workers: Workers, tokenizer: Tokenizer, text: TextEncoder | None, split: str, images: ImageDataset
+) -> None:
+    views, _ = _views(config)
     protocol: dict[str, Any] = {
         "views": config.views,
         "size": config.data.image_size,

@@ -410,7 +410,7 @@ MISTAKES: dict[str, tuple[Mistake, ...]] = {
         Mistake("images instead of codes", "tokar train generator experiment=digits_llamagen codes.path=datasets/digits"),
         Mistake("codes instead of images", "tokar train tokenizer experiment=digits_vqgan data.path=datasets/digits-codes"),
         Mistake("an image size that is not the tokenizer's", "tokar encode runs/tok data.image_size=64 out=datasets/new"),
-        Mistake("a split that is not prepared", "tokar encode runs/tok splits=[test] out=datasets/new"),
+        Mistake("a split that is not prepared", "tokar encode runs/tok splits=[train,test] out=datasets/new"),
         Mistake(
             "a generator on the fly with another image size",
             "tokar train generator experiment=digits_llamagen codes.path=null codes.tokenizer=runs/tok data.image_size=16",
