@@ -13,7 +13,7 @@ tokar=.venv/bin/tokar
 source scripts/steps.sh
 
 step "pairs of noise and codes" "$tokar" distill pairs "$runs/digits_llamagen" "out=$out/datasets/digits-pairs" \
-    count=20000 batch_size=512 sampling.guidance=2 "${place[@]}"
+    count=100000 batch_size=512 sampling.guidance=2 "${place[@]}"
 step "DD1: train the student" "$tokar" train distill experiment=dd1_digits "${place[@]}"
 step "DD2: where it begins" "$tokar" train diffusion experiment=diffusion_digits "${place[@]}"
 step "DD2: train the generator" "$tokar" train dd2 experiment=dd2_digits "${place[@]}"

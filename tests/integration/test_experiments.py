@@ -27,11 +27,11 @@ TOKENIZERS = {
     **{name: "llamagen_vq16" for name in TEXTS if name.startswith("block") and "llamagen" in name},
     **{name: "gigatok_bl" for name in TEXTS if name.startswith("block") and "gigatok" in name},
     **{name: "flexvar_tokenizer" for name in TEXTS if name.startswith("flexvar_d")},
-    **dict.fromkeys(("cifar10_llamagen", "cifar10_next_scale", "cifar10_block"), "cifar10_multiscale"),
+    **dict.fromkeys(("cifar10_llamagen", "cifar10_teacher", "cifar10_next_scale", "cifar10_block"), "cifar10_multiscale"),
 }  # fmt: skip
 """Whose codes each generator learns here."""
 TOKENIZERS |= {name: TOKENIZERS[name[4:].replace("digits", "digits_llamagen")] for name in TEXTS if name.startswith("cca_")}
-SMALL_TEACHERS = {"digits": "digits_llamagen", "cifar10": "cifar10_llamagen"}
+SMALL_TEACHERS = {"digits": "digits_llamagen", "cifar10": "cifar10_teacher"}
 TEACHERS = {
     name: SMALL_TEACHERS.get(student, student) for name in TEXTS for kind, _, student in [name.partition("_")]
     if kind in ("dd1", "diffusion", "dd2")
