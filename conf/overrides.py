@@ -120,8 +120,11 @@ def is_hydras(key: str) -> bool:
 
 
 def _options(loader: ConfigLoader, key: str) -> list[str]:
-    """Options of a group, none for a key of another kind: Hydra copies all its sources for each answer."""
-    return list(loader.get_group_options(key)) if is_hydras(key) or os.path.isdir(ROOT / key) else []
+    """Options of a group, none for a key of another kind. Hydra, which copies all its sources for each answer, is asked for
+    its own groups alone."""
+    if is_hydras(key):
+        return list(loader.get_group_options(key))
+    return sorted(path.stem for path in (ROOT / key).glob("*.yaml")) if os.path.isdir(ROOT / key) else []
 
 
 def _is_choice(override: Override, loader: ConfigLoader) -> bool:

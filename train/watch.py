@@ -28,12 +28,12 @@ from pathlib import Path
 from subprocess import Popen
 from typing import TYPE_CHECKING, NoReturn
 
+from .processes import Alone, Joined
+from .rendezvous import PARENT
 from .signals import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_LOST, EXIT_REQUEUE
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
-
-    from .processes import Alone
 
 TICK = 0.5
 """Seconds between looks."""
@@ -44,8 +44,6 @@ LONG = 10
 ANSWER, REPORT = 15.0, 30.0
 """Seconds that rank 0 waits for the others' stacks, and the others for its report."""
 FRAMES = 4
-PARENT = "TOKAR_PARENT"
-"""Environment variable with the process that started this rank."""
 HANG_FOLDER, REPORT_NAME = "hang", "report.txt"
 
 
@@ -56,7 +54,7 @@ class Watch:
         fabric: whose launcher starts the other processes of this machine.
     """
 
-    def __init__(self, fabric: Fabric | Alone) -> None:
+    def __init__(self, fabric: Fabric | Joined | Alone) -> None:
         self._fabric, self._children = fabric, {}  # type: ignore[var-annotated]
         self._parent: int | None = None
         self._hang_after: float | None = None
@@ -76,7 +74,7 @@ class Watch:
     def start(self) -> None:
         """Begin; before the other processes are started, so that none is lost in between."""
         if self._fabric.world_size > 1:
-            self._parent = _parent(self._fabric)
+            self._parent = self._fabric.place.parent if isinstance(self._fabric, Joined) else None
             if self._parent is None:
                 os.environ[PARENT] = str(os.getpid())
             atexit.register(self._ended.set)
@@ -157,14 +155,6 @@ class Watch:
         for worker in multiprocessing.active_children():
             worker.kill()
         os._exit(code)
-
-
-def _parent(fabric: Fabric | Alone) -> int | None:
-    """Process without which this one must not go on; `None` for one that a user started, and under SLURM, which sees to it."""
-    kind = type(fabric.strategy.cluster_environment).__name__  # type: ignore[union-attr]
-    if kind == "LightningEnvironment" and fabric.local_rank > 0 and PARENT in os.environ:
-        return int(os.environ[PARENT])
-    return os.getppid() if kind == "TorchElasticEnvironment" else None
 
 
 def _failed(code: int | None) -> bool:

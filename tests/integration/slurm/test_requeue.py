@@ -169,7 +169,7 @@ def test_twenty_signals_at_random_moments_never_hang(cluster, digits, tmp_path, 
     def stops():
         return re.findall(r"stopped by SIGUSR1 at step (\d+), saved", log.read_text()) if log.exists() else []
 
-    cluster.until(lambda: "Starting with" in (log.read_text() if log.exists() else ""), 300, "the first start")
+    cluster.until(lambda: "ranks have met over gloo" in (log.read_text() if log.exists() else ""), 300, "the first start")
     for number in range(20):
         time.sleep(moments.uniform(0, 1.5))
         asked = time.monotonic()

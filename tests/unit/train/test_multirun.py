@@ -7,19 +7,20 @@ from pathlib import Path
 
 import pytest
 from tokar.cli import main
+from tokar.conf.compose import compose
 from tokar.errors import UserError
 from tokar.train import multirun as module
+from tokar.train.folder import run_folder
 
 RECIPE = "experiment=digits_classifier"
 RECORD = """
 import pathlib, sys
-from tokar.conf.compose import compose
-from tokar.train.folder import run_folder
-folder = run_folder(compose("classifier", sys.argv[1:]))
+folder, code = sys.argv[1:]
+folder = pathlib.Path(folder)
 folder.mkdir(parents=True)
 lines = ['{"step": 1, "val/loss": 3.0}', '{"step": 2, "val/loss": 2.0}', '{"step": 3}', '{"step": 3, "event": "skip"}']
-(folder / "metrics.jsonl").write_text("\\\\n".join(lines))
-sys.exit(BAD if "optim.lr=0.002" in sys.argv else 0)
+(folder / "metrics.jsonl").write_text("\\n".join(lines))
+sys.exit(int(code))
 """
 
 
@@ -29,8 +30,11 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def install(bad=0):
-        code = RECORD.replace("BAD", str(bad)).replace("\\\\n", "\\n")
-        monkeypatch.setattr(module, "command", lambda stage, overrides: [sys.executable, "-c", code, *overrides])
+        def command(stage, overrides):
+            code = bad if "optim.lr=0.002" in overrides else 0
+            return [sys.executable, "-S", "-c", RECORD, str(run_folder(compose(stage, overrides))), str(code)]
+
+        monkeypatch.setattr(module, "command", command)
 
     install()
     return install

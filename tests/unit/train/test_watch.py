@@ -5,7 +5,11 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
+from tokar.conf.spine import Strategy
 from tokar.train import watch
+from tokar.train.processes import Joined
+from tokar.train.rendezvous import PARENT, Place
 from tokar.train.signals import EXIT_HUNG, EXIT_LOST
 from tokar.train.watch import Watch, write_stacks
 
@@ -33,11 +37,8 @@ def ends(monkeypatch):
     return run
 
 
-def fabric(*children, rank=0, world=1, kind="LightningEnvironment"):
-    environment = type(kind, (), {})()
-    strategy = SimpleNamespace(
-        launcher=SimpleNamespace(procs=list(children)), num_processes=len(children) + 1, cluster_environment=environment
-    )
+def fabric(*children, rank=0, world=1):
+    strategy = SimpleNamespace(launcher=SimpleNamespace(procs=list(children)), num_processes=len(children) + 1)
     return SimpleNamespace(strategy=strategy, global_rank=rank, local_rank=rank, world_size=world)
 
 
@@ -87,22 +88,26 @@ def test_a_rank_whose_words_are_under_way_may_end_by_itself(ends, capfd, monkeyp
     assert capfd.readouterr().err == ""
 
 
+def joined(parent):
+    return Joined(Strategy(), torch.device("cpu"), Place(1, 1, 2, "here", 1, parent))
+
+
 def test_a_rank_ends_when_the_process_that_started_it_is_gone(ends, capfd, monkeypatch):
-    monkeypatch.setenv(watch.PARENT, "1")  # not this process's parent
-    watching = Watch(fabric(rank=1, world=2))
+    watching = Watch(joined(1))  # not this process's parent
     monkeypatch.setattr(watching._thread, "start", lambda: None)
     watching.start()
     assert ends(watching) == EXIT_LOST
     assert capfd.readouterr().err == "tokar: rank 1 ends: the process that started it is gone\n"
 
 
-@pytest.mark.parametrize(
-    ("rank", "kind", "parent"),
-    [(0, "LightningEnvironment", None), (1, "SLURMEnvironment", None), (0, "TorchElasticEnvironment", os.getppid())],
-)
-def test_who_may_outlive_its_parent(rank, kind, parent, monkeypatch):
-    monkeypatch.setenv(watch.PARENT, "1")
-    assert watch._parent(fabric(rank=rank, world=2, kind=kind)) == parent
+@pytest.mark.parametrize("started", [lambda: fabric(world=2), lambda: joined(None)])
+def test_who_may_outlive_its_parent_is_that_of_others(started, monkeypatch):
+    monkeypatch.setenv(PARENT, "1")
+    watching = Watch(started())
+    monkeypatch.setattr(watching._thread, "start", lambda: None)
+    watching.start()
+    assert watching._parent is None
+    assert os.environ[PARENT] == str(os.getpid())
 
 
 def hanging(folder, **kwargs):
