@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Union, get_args, get_origin
@@ -108,6 +109,7 @@ def check(stage: str, plain: dict[str, Any], overrides: Sequence[str] = (), prob
     return Composed(typed, plain, tuple(overrides))
 
 
+@functools.cache  # an explanation asks for each key
 def groups() -> dict[str, list[str]]:
     """Config groups and their options, e.g. `{"experiment": ["digits_vqgan", …]}`."""
     found: dict[str, list[str]] = {}

@@ -13,4 +13,6 @@ fi
 # One thread for each worker: more only wait for one another. nproc would take that number for the number of cores.
 workers="$(env -u OMP_NUM_THREADS nproc)"
 export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest -n "$workers" --dist=loadfile "$@"
+unset PYTHONDONTWRITEBYTECODE  # many processes start, and each would compile the package anew
+# In the order of the folders: the long files of integration first, so that the small ones of unit fill the end on all workers.
+exec .venv/bin/python -m pytest -n "$workers" --dist=loadfile --no-loadscope-reorder "$@"

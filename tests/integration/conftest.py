@@ -4,7 +4,7 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
-from processes import Command, Ranks
+from processes import PRELOAD, Command, Ranks
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +21,7 @@ def digits(tmp_path_factory) -> Path:
 def launch(tmp_path_factory):
     """`launch(folder, arguments, environment)` → a running `Command` with `folder` as its working directory."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["tokar.train.run", "tokar.train.encode", "tokar.cli", "torch._dynamo", "deepspeed"])
+    server.set_forkserver_preload(PRELOAD)
     logs = tmp_path_factory.mktemp("logs")
     count = iter(range(10_000))
     return lambda folder, arguments, environment: Command(

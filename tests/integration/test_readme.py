@@ -1,6 +1,10 @@
-"""The README's commands, run as they stand there, but with fewer steps: the demo trains the same recipes to their end."""
+"""The README's commands, run as they stand there, but with fewer steps: the demo trains the same recipes to their end.
+
+Each is forked from a process that has the imports: a shell starts the same commands in the demo.
+"""
 
 import re
+import shlex
 
 import pytest
 from shell import shell
@@ -18,11 +22,12 @@ def shortened(line):
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme_run_in_order(root, tmp_path):
+def test_the_commands_of_the_readme_run_in_order(root, tmp_path, start):
     lines = [line for line in commands(root) if line.startswith("tokar ")]
     assert len(lines) >= 10
     for line in lines:
-        shell(shortened(line), tmp_path)
+        command = start(tmp_path, *shlex.split(shortened(line))[1:])
+        assert command.wait(900) == 0, f"{line}\n{command.log.read_text()}"
     assert (tmp_path / "report.html").stat().st_size > 100_000
     assert (tmp_path / "runs/digits_llamagen/samples/samples.png").exists()
     (block,) = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)

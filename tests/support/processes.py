@@ -12,6 +12,12 @@ from pathlib import Path
 
 import pytest
 
+PRELOAD = [
+    "tokar.train.run", "tokar.train.encode", "tokar.cli", "tokar.slurm.rank", "torch._dynamo", "deepspeed", "transformers",
+    "sklearn.datasets", "matplotlib.pyplot",
+]  # fmt: skip
+"""What the one process imports for all; whichever fixture starts it first decides."""
+
 
 def _main(arguments: list[str], log: str, folder: str, environment: dict[str, str]) -> None:
     os.chdir(folder)

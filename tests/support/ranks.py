@@ -41,6 +41,7 @@ def storm(words):
     import signal
 
     import tokar.train.run  # noqa: F401 - once for all forks
+    import torch._dynamo  # noqa: F401 - which every optimizer imports
 
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     port = int(os.environ["MASTER_PORT"])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from minislurm import free_ports
+from processes import PRELOAD
 from ranks import run_ranks
 from tokar.errors import UserError
 from tokar.train.lock import Lock
@@ -115,7 +116,7 @@ def straight(digits, tmp_path_factory):
     """The run that was never stopped, by the same number of ranks."""
     folder = tmp_path_factory.mktemp("straight")
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["tokar.train.run", "tokar.cli", "torch._dynamo"])
+    server.set_forkserver_preload(PRELOAD)
     alone = ["strategy=ddp", "strategy.nodes=1", "strategy.devices=4"]
     run_ranks(server, 4, free_ports(1)[0], [*RUN, *common(digits), *alone], folder)
     return folder / "run"

@@ -64,7 +64,7 @@ def test_every_event_is_answered_with_a_requeue(cluster, job, login, tmp_path, c
     assert job.log.count(SAVED) == 2
     after("scontrol requeue", 3, "scontrol", "requeue", job.number)
     after("node failure", 4, "scontrol", "update", f"nodename={cluster.nodes[1]}", "state=down", "reason=test")
-    after("time limit", 5, "scontrol", "update", f"jobid={job.number}", "TimeLimit=2")
+    after("time limit", 5, "scontrol", "update", f"jobid={job.number}", "TimeLimit=1")
     assert job.log.count(SAVED) == 3
     assert not (job.state / "crashes").exists()
     run("scancel", "-s", "KILL", f"{job.number}.0")

@@ -158,11 +158,11 @@ def test_optuna_cannot_do_without_the_metric(tpe, run):
 
 def test_a_used_up_space_ends_the_sweep(make, run, capsys, monkeypatch):
     pytest.importorskip("optuna")
-    monkeypatch.setattr(module, "REDRAWS", 10)
+    monkeypatch.setattr(module, "REDRAWS", 5)
     sweep = make(0, method="tpe", count=5, space="seed=0,1")
     code, order = run(sweep, [0, 0])
     assert (code, sorted(order)) == (0, [0, 1])
-    assert "no new point in 10 draws; the space is used up" in capsys.readouterr().out
+    assert "no new point in 5 draws; the space is used up" in capsys.readouterr().out
 
 
 def test_words_of_exit_codes():
