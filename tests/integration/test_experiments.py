@@ -9,6 +9,7 @@ from lpips_weights import random_lpips
 from PIL import Image
 from safetensors.torch import save_file
 from text_encoders import write_clip_model, write_t5
+from tokar.conf.compose import compose
 from tokar.conf.overrides import ROOT
 from tokar.data.prepare import prepare
 from transformers import ConvNextConfig, ConvNextForImageClassification, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
@@ -37,13 +38,14 @@ TEACHERS = {
     if kind in ("dd1", "diffusion", "dd2")
 }  # fmt: skip
 """Whose trajectories each student learns here, drawn on the fly."""
+THIN = ["tokenizer.encoder.width=32", "tokenizer.encoder.blocks=1", "tokenizer.decoder.blocks=1"]
 CUT = {
-    "llamagen_vq": ["tokenizer.encoder.width=32", "tokenizer.quantizer.codebook_size=64"],
+    "llamagen_vq": [*THIN, "tokenizer.quantizer.codebook_size=64"],
     "var_vqvae": [
-        "tokenizer.encoder.width=32", "tokenizer.quantizer.codebook_size=64", "tokenizer.quantizer.scales=[1,2,3,4]",
+        *THIN, "tokenizer.quantizer.codebook_size=64", "tokenizer.quantizer.scales=[1,2,3,4]",
     ],
     "gigatok": [
-        "tokenizer.encoder.width=32", "tokenizer.encoder.z_channels=32", "tokenizer.quantizer.codebook_size=64",
+        *THIN, "tokenizer.encoder.z_channels=32", "tokenizer.quantizer.codebook_size=64",
         "tokenizer.token_encoder.width=32", "tokenizer.token_encoder.layers=1", "tokenizer.token_encoder.heads=2",
         "tokenizer.token_decoder.width=32", "tokenizer.token_decoder.layers=1", "tokenizer.token_decoder.heads=2",
         "tokenizer.semantic.depth=1",
@@ -55,10 +57,10 @@ CUT = {
         "tokenizer.token_encoder.heads=2", "tokenizer.token_decoder.width=32", "tokenizer.token_decoder.layers=1",
         "tokenizer.token_decoder.heads=2", "losses.adversarial_start=0",
     ],
-    "ibq": ["tokenizer.encoder.width=32", "tokenizer.quantizer.codebook_size=64"],
-    "magvit2": ["tokenizer.encoder.width=32"],
+    "ibq": [*THIN, "tokenizer.quantizer.codebook_size=64"],
+    "magvit2": THIN,
     "flexvar_tokenizer": [
-        "tokenizer.encoder.width=32", "tokenizer.quantizer.codebook_size=64", "tokenizer.scales=[1,2,3,4]",
+        *THIN, "tokenizer.quantizer.codebook_size=64", "tokenizer.scales=[1,2,3,4]",
     ],
     "flexvar_d": [
         "generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.groups=[[1,2,2],[3,3,1]]",
@@ -189,6 +191,17 @@ def small(name, noise):
             if STAGES[name] != "generator" or not override.startswith(("tokenizer.", "losses."))  # gigatok is both
         ),
     ]  # fmt: skip
+
+
+def test_every_recipe_composes_as_shipped(tmp_path):
+    """Nothing is cut; given are the files that it needs."""
+    (tmp_path / "lpips.pth").touch()
+    given = {"perceptual_weight": f"losses.lpips_weights={tmp_path}/lpips.pth", "override /semantic": "semantic.teacher.path=x",
+             "override /discriminator: dino": "discriminator.path=x", "convnext_weight": "losses.convnext_path=x"}  # fmt: skip
+    for name, stage in STAGES.items():
+        own = ["codes.path=x"] if stage == "generator" else []
+        own += [override for part, override in given.items() if part in TEXTS[name]]
+        assert compose(stage, [f"experiment={name}", *own]).typed.experiment == name
 
 
 @pytest.mark.parametrize("name", sorted(TEXTS))

@@ -1,5 +1,5 @@
 import pytest
-from tokar.conf.compose import compose, differences, flatten, groups, unchecked
+from tokar.conf.compose import compose, differences, flatten, unchecked
 from tokar.conf.schema import SCHEMAS
 from tokar.errors import ConfigError, UserError
 
@@ -157,23 +157,6 @@ def test_every_root_config_fits_its_schema_but_for_what_is_missing(stage):
         assert told - {"codes.tokenizer"} == missing
     else:
         assert compose(stage, []).typed.stage == stage
-
-
-def test_every_experiment_composes_for_the_stage_it_names(root, tmp_path):
-    (tmp_path / "lpips.pth").touch()
-    for name in groups()["experiment"]:
-        text = (root / "conf" / "experiment" / f"{name}.yaml").read_text()
-        stage = next(line.split()[1] for line in text.splitlines() if line.startswith("stage:"))
-        own = ["codes.path=somewhere"] if stage == "generator" else []
-        if "perceptual_weight" in text:
-            own = [f"losses.lpips_weights={tmp_path}/lpips.pth"]
-        if "override /semantic" in text:
-            own.append("semantic.teacher.path=somewhere")
-        if "override /discriminator: dino" in text:
-            own.append("discriminator.path=somewhere")
-        if "convnext_weight" in text:
-            own.append("losses.convnext_path=somewhere")
-        assert compose(stage, [f"experiment={name}", *own]).typed.experiment == name
 
 
 def test_a_key_that_came_with_a_newer_version_does_not_make_another_config():
