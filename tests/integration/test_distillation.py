@@ -17,12 +17,24 @@ from tokar.models.distill.trajectory import follow
 from tokar.models.generators.next_token import NextToken
 from tokar.models.samplers.guidance import combine
 from torch.nn import functional as F
-from toy_teacher import TableTeacher, circle, distance, draw_levels, normal
+from toy_teacher import TableTeacher, circle, distance, draw_levels, floor, normal
 
 pytestmark = pytest.mark.slow
 CODES = circle(4)
 COUNT = 20_000
 CLASS = torch.zeros(COUNT, dtype=torch.int64)
+
+
+def test_the_joint_is_the_teachers():
+    """T5, and T8's exact side: 100,000 trajectories are as near to the joint as so many draws can be."""
+    teacher, count = TableTeacher(), 100_000
+    codes = follow(teacher, torch.zeros(count, dtype=torch.int64), normal(0, count, 4, 2), TokenMap(CODES, steps=50))
+    joint = teacher.joint()
+    assert float(joint.sum()) == pytest.approx(1, abs=1e-5)
+    assert distance(teacher.share(codes), joint) <= 1.3 * floor(joint, count)
+    independent = teacher.independent()
+    assert float(independent.sum()) == pytest.approx(1, abs=1e-5)
+    assert distance(independent, joint) > 0.3
 
 
 def network(n_tokens):

@@ -2,11 +2,7 @@
 
 import json
 import math
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,12 +89,10 @@ def test_killed_pairs_are_resumed_to_the_same_bytes(folder, start):
 
 
 @pytest.mark.slow
-def test_two_ranks_write_what_one_does(folder):
-    command = [str(Path(sys.executable).with_name("tokar")), *PAIRS, "out=ranks", "strategy=ddp", "strategy.devices=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "on each of 2 ranks" in done.stdout
+def test_two_ranks_write_what_one_does(folder, start_ranks):
+    ranks = start_ranks(folder, 2, *PAIRS, "out=ranks", "strategy=ddp", "strategy.devices=2")
+    assert ranks.wait() == [0, 0], ranks.output
+    assert "on each of 2 ranks" in ranks.output
     assert files(folder / "ranks") == files(folder / "straight")
 
 

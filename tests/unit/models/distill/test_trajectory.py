@@ -1,4 +1,4 @@
-"""Trajectories of an enumerated teacher and of real ones: distribution, restart, guidance baked in, cost."""
+"""Trajectories of real teachers: restart, guidance baked in, cost; their distribution is measured among the integration tests."""
 
 import pytest
 import torch
@@ -12,19 +12,7 @@ from tokar.models.generators.next_scale import NextScale
 from tokar.models.generators.next_token import NextToken
 from tokar.models.samplers.decode import Tally, choices_for, sample
 from torch.nn import functional as F
-from toy_teacher import TableTeacher, circle, distance, floor, normal
-
-
-def test_the_joint_is_the_teachers():
-    """T5, and T8's exact side: 100,000 trajectories are as near to the joint as so many draws can be."""
-    teacher, count = TableTeacher(), 100_000
-    codes = follow(teacher, torch.zeros(count, dtype=torch.int64), normal(0, count, 4, 2), TokenMap(circle(4), steps=50))
-    joint = teacher.joint()
-    assert float(joint.sum()) == pytest.approx(1, abs=1e-5)
-    assert distance(teacher.share(codes), joint) <= 1.3 * floor(joint, count)
-    independent = teacher.independent()
-    assert float(independent.sum()) == pytest.approx(1, abs=1e-5)
-    assert distance(independent, joint) > 0.3
+from toy_teacher import normal
 
 
 def next_token(**more):
