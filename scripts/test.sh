@@ -3,12 +3,15 @@
 set -euo pipefail
 cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
-setup
-
+make_venv
+browser=""
 if ! command -v chromium >/dev/null && ! command -v chromium-browser >/dev/null && ! command -v google-chrome >/dev/null; then
     say "installing chromium"
-    apt_install chromium || say "no chromium: the test that opens the report in a browser is skipped"
+    apt_install chromium &  # beside pip, which uses one core and the network
+    browser=$!
 fi
+setup
+[ -z "$browser" ] || wait "$browser" || say "no chromium: the test that opens the report in a browser is skipped"
 
 # One thread for each worker: more only wait for one another. nproc would take that number for the number of cores.
 workers="$(env -u OMP_NUM_THREADS nproc)"

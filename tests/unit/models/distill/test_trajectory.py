@@ -1,4 +1,4 @@
-"""Trajectories of real teachers: restart, guidance baked in, cost; their distribution is measured among the integration tests."""
+"""Trajectories of real teachers: restart, guidance baked in, cost. An integration test measures their distribution."""
 
 import pytest
 import torch
