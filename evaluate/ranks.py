@@ -80,18 +80,16 @@ def accumulate(
     """
     rank, world = this_rank()
     score, held = make(), np.zeros(count, bool)
-    states = read_states(pace.folder, count) if pace.folder else []
-    todo = np.ones(count, bool) if wanted is None else wanted.copy()
-    for held_then, state in states:
-        todo &= ~held_then
-        if rank == 0:
+    if pace.folder and rank == 0:
+        states = read_states(pace.folder, count)
+        for held_then, state in states:
             score.merge(state)
             held |= held_then
+        if len(states) > 1:
+            write_state(pace.folder, 0, held, score)
+    done = _as_first(held)  # nodes may see different folders; nobody writes before the first has read
+    todo = ~done if wanted is None else wanted & ~done
     pace.on_batch(count - int(todo.sum()))
-    _wait()  # all have read before anyone writes
-    if pace.folder and rank == 0 and len(states) > 1:
-        write_state(pace.folder, 0, held, score)
-    _wait()
     parts = _cut(np.flatnonzero(todo), pace.save_every)[rank::world]
     ends = {int(part[-1]): part for part in parts}
     batches = [numbers for part in parts for numbers in _cut(part, pace.batch_size)]
@@ -133,9 +131,13 @@ def merge_ranks(make: Callable[[], S], score: S) -> S:
     return total
 
 
-def _wait() -> None:
-    if this_rank()[1] > 1:
-        dist.barrier()
+def _as_first(array: np.ndarray) -> np.ndarray:
+    """The first rank's."""
+    if this_rank()[1] == 1:
+        return array
+    told = [array]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
 
 
 def _file(folder: Path, rank: int) -> Path:

@@ -27,14 +27,16 @@ from ..models.tokenizers.base import Tokenizer
 from ..models.tokenizers.losses import LPIPS
 from .console import say, table
 from .crops import LOOKED_AT, evaluate_crops
+from .feature_net import Features
 from .generated import distilled_samples, generator_samples, stored_images
 from .likelihood import evaluate_likelihood
+from .measures import Batch, Mean, logits_of
 from .prefixes import evaluate_prefixes, prefixes_of
 from .probe import images_seen, linear_probe
 from .probe_features import generator_features, token_features
 from .protocol import Result, content_id
 from .protocols import Judging, choose_protocol
-from .ranks import this_rank
+from .ranks import accumulate, this_rank
 from .reconstruction import evaluate_tokenizer
 from .reference import reference_batches, split_images
 from .samples import with_texts
@@ -97,7 +99,9 @@ class Task(Evaluation):
         if self.config.measure != "quality" and (self.config.probe or not isinstance(model, owner)):
             what = "a probe" if self.config.probe else f"a {type(model).__name__}"
             raise UserError(f"not for {what}", where=f"measure={self.config.measure}", fix="leave it out")
-        if self.config.probe or self.config.measure != "quality" or isinstance(model, Classifier):
+        if not self.config.dealt and this_rank()[1] > 1:
+            raise UserError("runs on one device", where="strategy.devices", fix="leave out strategy")
+        if not self.config.dealt or isinstance(model, Classifier):
             self._refuse_what_is_of_quality()
         if self.config.probe:
             return self._probe(self.config.probe, model, subject)
@@ -121,8 +125,6 @@ class Task(Evaluation):
         )
 
     def _refuse_what_is_of_quality(self) -> None:
-        if this_rank()[1] > 1:
-            raise UserError("runs on one device", where="strategy.devices", fix="leave out strategy")
         for key in ("protocol", "reference", "captions", "statistics"):
             if getattr(self.config, key) is not None:
                 raise UserError("is not for this measure", where=key, fix="leave it out")
@@ -207,14 +209,19 @@ class Task(Evaluation):
     @torch.no_grad()
     def _classification(self, classifier: Classifier, subject: dict[str, Any]) -> Result:
         split = self.config.split or self.data.val_split
-        batches, count, facts = reference_batches(self.data, split, self.config.batch_size, self.config.count)
-        right = 0
+        source, count, facts = split_images(self.data, split, self.config.count)
+
+        def make() -> Mean:
+            return Mean("accuracy", lambda features, batch: logits_of(features).argmax(-1).cpu() == batch["label"], {})
+
+        def step(score: Mean, batch: Batch) -> None:
+            pooled = classifier.features(to_image(batch["image"].to(self.device)))
+            score.update(Features(pooled, classifier.classify(pooled)), batch)
+
+        protocol = {"data": facts, "count": count}
         with progress_bar(None, count, "classifying") as advance:
-            for batch in batches:
-                guess = classifier(to_image(batch["image"].to(self.device))).argmax(-1).cpu()
-                right += int((guess == batch["label"]).sum())
-                advance(len(guess))
-        return Result("classification", {"accuracy": right / count}, {"data": facts, "count": count}, subject)
+            score = accumulate(make, source, count, step, self.pace({**protocol, "subject": subject}, advance))
+        return Result("classification", score.compute(), protocol, subject)
 
 
 def _is_images(target: Path) -> bool:
