@@ -34,6 +34,7 @@ class Score(Protocol):
 
 
 S = TypeVar("S", bound=Score)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -120,15 +121,22 @@ def _cut(numbers: np.ndarray, size: int) -> list[np.ndarray]:
 
 def merge_ranks(make: Callable[[], S], score: S) -> S:
     """The score of all ranks together, merged in their order so that each has the same bits; `score` itself of one process."""
-    _, world = this_rank()
-    if world == 1:
+    if this_rank()[1] == 1:
         return score
-    states: list[Any] = [None] * world
-    dist.all_gather_object(states, score.state_dict())
     total = make()
-    for state in states:
+    for state in gathered(score.state_dict()):
         total.merge(state)
     return total
+
+
+def gathered(value: T) -> list[T]:
+    """Of every rank, in their order."""
+    _, world = this_rank()
+    if world == 1:
+        return [value]
+    values: list[Any] = [None] * world
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _as_first(array: np.ndarray) -> np.ndarray:

@@ -34,7 +34,7 @@ from .measures import Batch, Mean, logits_of
 from .prefixes import evaluate_prefixes, prefixes_of
 from .probe import images_seen, linear_probe
 from .probe_features import generator_features, token_features
-from .protocol import Result, content_id
+from .protocol import SECONDS, Result, content_id
 from .protocols import Judging, choose_protocol
 from .ranks import accumulate, this_rank
 from .reconstruction import evaluate_tokenizer
@@ -59,23 +59,37 @@ def evaluate(composed: Composed, device: torch.device | None = None) -> int:
     check_place(folder)
     sampling = composed.plain.get("sampling") or {}
     task = Task(config, sampling, target, device or pick_device(config.strategy.accelerator), folder)
-    result = task.result()
+    try:
+        result = task.result()
+    except UserError as error:
+        if not isinstance(error.__cause__, OSError):  # what a full disk stopped goes on; a mistake leaves nothing behind
+            _forget(task)
+        raise
     if this_rank()[0] == 0:
         _tell(task, result, folder)
     return 0
 
 
-def _tell(task: Task, result: Result, folder: Path) -> None:
-    path = result.save(folder / f"{result.name}-{content_id({**result.protocol, **result.subject})}.json")
+def _forget(task: Task) -> None:
+    """Remove the states of an evaluation, and the folders that were made for them."""
     for states in task.states:
         shutil.rmtree(states, ignore_errors=True)
-        with suppress(OSError):  # another evaluation has its states there
+        with suppress(OSError):  # other evaluations have their states there, or their results
             states.parent.rmdir()
+            states.parent.parent.rmdir()
+
+
+def _tell(task: Task, result: Result, folder: Path) -> None:
+    path = result.save(folder / f"{result.name}-{content_id({**result.protocol, **result.subject})}.json")
+    _forget(task)
     for name, draw in task.pictures.items():
         say(f"drawn in {draw(path.with_name(f'{path.stem}_{name}.png'))}")
     if changed := result.protocol.get("changed"):
         changes = ", ".join(f"{key}={value}" for key, value in changed.items())
         sys.stderr.write(f"warning: protocol {result.protocol['name']} with {changes}: not comparable with others' numbers\n")
+    if result.speed:
+        images = f"{1 / result.speed[SECONDS]:.1f} images a second, {result.speed['batch_size']} at once, the decoder left out"
+        say(f"{images}: {result.speed['device']}, {result.speed['threads']} threads")
     say(table(f"{task.target}: {result.name}, protocol {result.protocol_id}", result.numbers))
     say(f"written to {path}")
 
@@ -156,9 +170,12 @@ class Task(Evaluation):
         count = facts["images"] = self.count(protocol, total)
         judging, perceptual = self.judges(protocol)
         sides = partial(judging.sides, count) if judging else None
+        empty = sides() if sides else ()
+        for side in empty if count > 1 else ():
+            side.check(count)
         identity = {
             "subject": subject, "data": facts, "lpips": perceptual and weights_hash(perceptual),
-            "sides": [side.protocol() for side in sides()] if sides else None,
+            "sides": [side.protocol() for side in empty],
         }  # fmt: skip
         with progress_bar(None, count, "reconstructing") as advance:
             result = evaluate_tokenizer(

@@ -545,7 +545,6 @@ MISTAKES: dict[str, tuple[Mistake, ...]] = {
             "one image is too few",
             "tokar evaluate pictures data=digits features.path=runs/judge",
             picture("pictures/0.png"),
-            makes=("evaluation/unfinished/",),  # what was looked at so far, as after an interruption
         ),
         Mistake(
             "a broken image",
