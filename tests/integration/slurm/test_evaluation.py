@@ -9,7 +9,7 @@ import torch
 from tokar.models.build import save_model
 from tokar.models.classifier import Classifier
 
-COUNT = 1500
+COUNT = 3000
 
 
 @pytest.mark.slow
