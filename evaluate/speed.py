@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +45,7 @@ class Laps:
 def clocked(batches: Iterator[dict[str, Tensor]], laps: Laps, device: torch.device) -> Iterator[dict[str, Tensor]]:
     """The same batches, which hold `codes` `[B, T]`; making each is a lap, to its end on the device."""
     while True:
-        batch, seconds = timed(partial(next, batches, None), device)
+        batch, seconds = timed(lambda: next(batches, None), device)
         if batch is None:
             return
         laps.add(len(batch["codes"]), seconds)
