@@ -196,6 +196,11 @@ class Evaluate(Measured):
     )
     out: Text | None = Field(None, description="null: the evaluation folder of the run")
 
+    @property
+    def dealt(self) -> bool:
+        """Whether its images are dealt to ranks, and gone on with after an interruption; other measures run in one process."""
+        return self.probe is None and self.measure == "quality"
+
 
 class Compare(Measured):
     """`tokar distill compare`."""

@@ -123,13 +123,22 @@ class GaussianStatistics:
         Raises:
             UserError: fewer than two images.
         """
-        if self.count < 2:
-            raise UserError(f"statistics of {self.count} images have no covariance", fix="give at least two images")
+        check_spread(self.count)
         return Gaussian(self.mean.clone(), self.scatter / (self.count - 1))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on later or to merge elsewhere."""
         return {"count": self.count, "mean": self.mean.cpu(), "scatter": self.scatter.cpu()}
+
+
+def check_spread(count: int) -> None:
+    """Make sure that so many images have a covariance.
+
+    Raises:
+        UserError: fewer than two.
+    """
+    if count < 2:
+        raise UserError(f"statistics of {count} images have no covariance", fix="give at least two images")
 
 
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..models.build import weights_hash
 from ..models.open import OpenedGenerator, open_distilled
 from ..models.samplers.decode import Tally
+from ..models.tokenizers.base import Tokenizer
 from .distilled import ask_of, draw_vectors
 from .frechet import save_gaussians
 from .generation import evaluate_samples, score_of
@@ -26,7 +27,8 @@ from .protocol import Result
 from .protocols import choose_protocol, read_captions
 from .ranks import Source, this_rank
 from .reference import captions_of
-from .samples import Texts, class_ids, draw_codes, drawn
+from .samples import Draw, Texts, class_ids, draw_codes, drawn
+from .speed import Speed
 from .task import Evaluation
 
 
@@ -55,7 +57,7 @@ def generator_samples(at: Evaluation, subject: dict[str, Any]) -> Result:
         )  # fmt: skip
 
     about = {**subject, "tokenizer": weights_hash(opened.tokenizer)[:16], "seed": at.config.seed, "sampling": sampling}
-    return judged(at, protocol, drawn(opened.tokenizer, draw), count, about)
+    return _measured(at, protocol, opened.tokenizer, draw, count, about)
 
 
 def _conditions(at: Evaluation, opened: OpenedGenerator, count: int) -> Tensor | Texts:
@@ -84,10 +86,19 @@ def distilled_samples(at: Evaluation, subject: dict[str, Any]) -> Result:
         )  # fmt: skip
 
     about = {**subject, "tokenizer": weights_hash(opened.tokenizer)[:16], "seed": at.config.seed, "student": asked}
-    return judged(at, protocol, drawn(opened.tokenizer, draw), count, about)
+    return _measured(at, protocol, opened.tokenizer, draw, count, about)
 
 
-def judged(at: Evaluation, protocol: Protocol, source: Source, count: int, subject: dict[str, Any]) -> Result:
+def _measured(
+    at: Evaluation, protocol: Protocol, tokenizer: Tokenizer, draw: Draw, count: int, subject: Mapping[str, Any]
+) -> Result:
+    """Samples as they are drawn, and how fast that went."""
+    speed = Speed(at.device, at.config.batch_size)
+    result = judged(at, protocol, drawn(tokenizer, draw, speed), count, subject)
+    return replace(result, speed=speed.told())
+
+
+def judged(at: Evaluation, protocol: Protocol, source: Source, count: int, subject: Mapping[str, Any]) -> Result:
     """Samples under a protocol, against the reference that it needs.
 
     Args:
@@ -99,7 +110,8 @@ def judged(at: Evaluation, protocol: Protocol, source: Source, count: int, subje
     """
     config = at.config
     judging = at.judging(protocol, _captions(at, protocol, count))
-    empty = judging.score(count)  # what does not fit is told before anything is drawn
+    empty = judging.score(count)  # what does not fit, or is too little, is told before anything is drawn
+    empty.check(count)
     reference = at.reference(judging, Path(config.reference) if config.reference else None)
     subject = {**subject, "count": count}
     with progress_bar(None, count, "samples") as advance:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .feature_net import FeatureNet, Features
-from .frechet import Gaussian, GaussianStatistics, frechet_distance
+from .frechet import Gaussian, GaussianStatistics, check_spread, frechet_distance
 from .frozen_features import ClipFeatures
 
 Batch = Mapping[str, Tensor]
@@ -51,6 +51,13 @@ class Measure(ABC):
     @abstractmethod
     def protocol(self) -> dict[str, Any]:
         """How it is taken, and with which choices."""
+
+    def check(self, count: int) -> None:  # noqa: B027 - most measures take any number
+        """Make sure that so many images are enough, before any is looked at.
+
+        Raises:
+            UserError: they are too few.
+        """
 
     @property
     def wanted(self) -> np.ndarray | None:
@@ -103,6 +110,10 @@ class Frechet(Measure):
     def merge(self, state: Mapping[str, Any]) -> None:
         """See `Measure.merge`."""
         self.statistics.merge(state)
+
+    def check(self, count: int) -> None:
+        """See `Measure.check`."""
+        check_spread(count)
 
     def gaussian(self) -> Gaussian:
         """Mean and covariance of what was added, or those given."""

@@ -106,6 +106,10 @@ class PrecisionRecall(KeptFeatures):
             "recall": covered(real, samples, radii(samples, self.neighbours)),
         }
 
+    def check(self, count: int) -> None:
+        """See `Measure.check`."""
+        check_neighbours(min(count, self.limit), self.neighbours)
+
     def protocol(self) -> dict[str, Any]:
         """See `Measure.protocol`."""
         return {"neighbours": self.neighbours, "distance": "Euclidean, float64", **super().protocol()}
@@ -116,16 +120,24 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
 
 
+def check_neighbours(count: int, neighbours: int) -> None:
+    """Make sure that each of so many images has so many others.
+
+    Raises:
+        UserError: there are too few.
+    """
+    if count <= neighbours:
+        raise UserError(f"{count} images have no {neighbours} neighbours each", where="count", fix="take more images")
+
+
 def radii(features: Tensor, neighbours: int) -> Tensor:
     """Squared distance `[N]` of each to its k-th neighbour among the others.
 
     Raises:
         UserError: there are not so many.
     """
-    count = len(features)
-    if count <= neighbours:
-        raise UserError(f"{count} images have no {neighbours} neighbours each", where="count", fix="take more images")
-    found = []
+    count, found = len(features), []
+    check_neighbours(count, neighbours)
     for start in range(0, count, ROWS):
         block = squared_distances(features[start : start + ROWS], features)
         block[torch.arange(len(block)), torch.arange(start, start + len(block))] = torch.inf
@@ -160,9 +172,7 @@ class KernelDistance(KeptFeatures):
         """
         assert reference is not None
         samples, real = self.features, reference.features
-        if (fewest := min(len(samples), len(real))) < self.subset_size:
-            fix = "take more images, or a smaller protocol.subset_size"
-            raise UserError(f"subsets of {self.subset_size} of {fewest} images", where="kid", fix=fix)
+        self.check(min(len(samples), len(real)))
         values = []
         for number in range(self.subsets):
             rows, columns = (
@@ -171,6 +181,12 @@ class KernelDistance(KeptFeatures):
             )
             values.append(squared_mmd(samples[torch.from_numpy(rows)], real[torch.from_numpy(columns)]))
         return {"kid": float(np.mean(values)), "kid_std": float(np.std(values))}
+
+    def check(self, count: int) -> None:
+        """See `Measure.check`."""
+        if (kept := min(count, self.limit)) < self.subset_size:
+            fix = "take more images, or a smaller protocol.subset_size"
+            raise UserError(f"subsets of {self.subset_size} of {kept} images", where="kid", fix=fix)
 
     def protocol(self) -> dict[str, Any]:
         """See `Measure.protocol`."""

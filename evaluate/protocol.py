@@ -14,6 +14,8 @@ from typing import Any
 from ..data.files import digest_of, os_errors, sha256, whole_file
 from ..errors import UserError
 
+SECONDS = "seconds_per_image"
+"""What the `speed` of a result calls the time for an image."""
 RECORDED_PACKAGES = ("tokar", "torch", "numpy", "pillow", "transformers")
 
 
@@ -66,6 +68,8 @@ class Result:
             count). Two results may stand in one column only when it is equal.
         subject: what was measured: run, checkpoint, weights, guidance, seeds of the samples.
         environment: versions of the packages; not part of the protocol's id.
+        speed: how long drawing an image took, and on what (see `speed.Speed.told`); no part of it either, since it differs
+            with the machine, the batch and the hour.
     """
 
     name: str
@@ -73,6 +77,7 @@ class Result:
     protocol: Mapping[str, Any]
     subject: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=versions)
+    speed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def protocol_id(self) -> str:
@@ -88,6 +93,7 @@ class Result:
             "protocol": dict(self.protocol),
             "subject": dict(self.subject),
             "environment": dict(self.environment),
+            **({"speed": dict(self.speed)} if self.speed else {}),
         }
 
     def save(self, path: Path) -> Path:
@@ -105,7 +111,8 @@ class Result:
         try:
             values = json.loads(path.read_text())
             numbers = {key: math.nan if value is None else float(value) for key, value in values["numbers"].items()}
-            result = cls(values["name"], numbers, values["protocol"], values["subject"], values["environment"])
+            told = (values["protocol"], values["subject"], values["environment"], values.get("speed", {}))
+            result = cls(values["name"], numbers, *told)
             stated = values["protocol_id"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError("no readable result", where=path, fix="remove the file or evaluate again") from error

@@ -171,6 +171,7 @@ def reference_of(judging: Judging, place: Path | None, images: Callable[[], Imag
     fixed = {name: (SpatialFrechet if name == "spatial_frechet" else Frechet)(judging.network, given[name]) for name in given}
     source, count, facts = _file_images(judging, place, given) if place else images()
     score = judging.reference_score(count, given)
+    score.check(count)
     if score.measures:
         identity = {"facts": facts, **score.protocol()}
         folder = cache_folder() / "references" / content_id(identity, digits=16)

@@ -34,6 +34,7 @@ class Score(Protocol):
 
 
 S = TypeVar("S", bound=Score)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,18 +81,16 @@ def accumulate(
     """
     rank, world = this_rank()
     score, held = make(), np.zeros(count, bool)
-    states = read_states(pace.folder, count) if pace.folder else []
-    todo = np.ones(count, bool) if wanted is None else wanted.copy()
-    for held_then, state in states:
-        todo &= ~held_then
-        if rank == 0:
+    if pace.folder and rank == 0:
+        states = read_states(pace.folder, count)
+        for held_then, state in states:
             score.merge(state)
             held |= held_then
+        if len(states) > 1:
+            write_state(pace.folder, 0, held, score)
+    done = _as_first(held)  # nodes may see different folders; nobody writes before the first has read
+    todo = ~done if wanted is None else wanted & ~done
     pace.on_batch(count - int(todo.sum()))
-    _wait()  # all have read before anyone writes
-    if pace.folder and rank == 0 and len(states) > 1:
-        write_state(pace.folder, 0, held, score)
-    _wait()
     parts = _cut(np.flatnonzero(todo), pace.save_every)[rank::world]
     ends = {int(part[-1]): part for part in parts}
     batches = [numbers for part in parts for numbers in _cut(part, pace.batch_size)]
@@ -122,20 +121,31 @@ def _cut(numbers: np.ndarray, size: int) -> list[np.ndarray]:
 
 def merge_ranks(make: Callable[[], S], score: S) -> S:
     """The score of all ranks together, merged in their order so that each has the same bits; `score` itself of one process."""
-    _, world = this_rank()
-    if world == 1:
+    if this_rank()[1] == 1:
         return score
-    states: list[Any] = [None] * world
-    dist.all_gather_object(states, score.state_dict())
     total = make()
-    for state in states:
+    for state in gathered(score.state_dict()):
         total.merge(state)
     return total
 
 
-def _wait() -> None:
-    if this_rank()[1] > 1:
-        dist.barrier()
+def gathered(value: T) -> list[T]:
+    """Of every rank, in their order."""
+    _, world = this_rank()
+    if world == 1:
+        return [value]
+    values: list[Any] = [None] * world
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _as_first(array: np.ndarray) -> np.ndarray:
+    """The first rank's."""
+    if this_rank()[1] == 1:
+        return array
+    told = [array]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
 
 
 def _file(folder: Path, rank: int) -> Path:

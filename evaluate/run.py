@@ -27,14 +27,16 @@ from ..models.tokenizers.base import Tokenizer
 from ..models.tokenizers.losses import LPIPS
 from .console import say, table
 from .crops import LOOKED_AT, evaluate_crops
+from .feature_net import Features
 from .generated import distilled_samples, generator_samples, stored_images
 from .likelihood import evaluate_likelihood
+from .measures import Batch, Mean, logits_of
 from .prefixes import evaluate_prefixes, prefixes_of
 from .probe import images_seen, linear_probe
 from .probe_features import generator_features, token_features
-from .protocol import Result, content_id
+from .protocol import SECONDS, Result, content_id
 from .protocols import Judging, choose_protocol
-from .ranks import this_rank
+from .ranks import accumulate, this_rank
 from .reconstruction import evaluate_tokenizer
 from .reference import reference_batches, split_images
 from .samples import with_texts
@@ -57,23 +59,37 @@ def evaluate(composed: Composed, device: torch.device | None = None) -> int:
     check_place(folder)
     sampling = composed.plain.get("sampling") or {}
     task = Task(config, sampling, target, device or pick_device(config.strategy.accelerator), folder)
-    result = task.result()
+    try:
+        result = task.result()
+    except UserError as error:
+        if not isinstance(error.__cause__, OSError):  # what a full disk stopped goes on; a mistake leaves nothing behind
+            _forget(task)
+        raise
     if this_rank()[0] == 0:
         _tell(task, result, folder)
     return 0
 
 
-def _tell(task: Task, result: Result, folder: Path) -> None:
-    path = result.save(folder / f"{result.name}-{content_id({**result.protocol, **result.subject})}.json")
+def _forget(task: Task) -> None:
+    """Remove the states of an evaluation, and the folders that were made for them."""
     for states in task.states:
         shutil.rmtree(states, ignore_errors=True)
-        with suppress(OSError):  # another evaluation has its states there
+        with suppress(OSError):  # other evaluations have their states there, or their results
             states.parent.rmdir()
+            states.parent.parent.rmdir()
+
+
+def _tell(task: Task, result: Result, folder: Path) -> None:
+    path = result.save(folder / f"{result.name}-{content_id({**result.protocol, **result.subject})}.json")
+    _forget(task)
     for name, draw in task.pictures.items():
         say(f"drawn in {draw(path.with_name(f'{path.stem}_{name}.png'))}")
     if changed := result.protocol.get("changed"):
         changes = ", ".join(f"{key}={value}" for key, value in changed.items())
         sys.stderr.write(f"warning: protocol {result.protocol['name']} with {changes}: not comparable with others' numbers\n")
+    if result.speed:
+        images = f"{1 / result.speed[SECONDS]:.1f} images a second, {result.speed['batch_size']} at once, the decoder left out"
+        say(f"{images}: {result.speed['device']}, {result.speed['threads']} threads")
     say(table(f"{task.target}: {result.name}, protocol {result.protocol_id}", result.numbers))
     say(f"written to {path}")
 
@@ -97,7 +113,9 @@ class Task(Evaluation):
         if self.config.measure != "quality" and (self.config.probe or not isinstance(model, owner)):
             what = "a probe" if self.config.probe else f"a {type(model).__name__}"
             raise UserError(f"not for {what}", where=f"measure={self.config.measure}", fix="leave it out")
-        if self.config.probe or self.config.measure != "quality" or isinstance(model, Classifier):
+        if not self.config.dealt and this_rank()[1] > 1:
+            raise UserError("runs on one device", where="strategy.devices", fix="leave out strategy")
+        if not self.config.dealt or isinstance(model, Classifier):
             self._refuse_what_is_of_quality()
         if self.config.probe:
             return self._probe(self.config.probe, model, subject)
@@ -121,8 +139,6 @@ class Task(Evaluation):
         )
 
     def _refuse_what_is_of_quality(self) -> None:
-        if this_rank()[1] > 1:
-            raise UserError("runs on one device", where="strategy.devices", fix="leave out strategy")
         for key in ("protocol", "reference", "captions", "statistics"):
             if getattr(self.config, key) is not None:
                 raise UserError("is not for this measure", where=key, fix="leave it out")
@@ -154,9 +170,12 @@ class Task(Evaluation):
         count = facts["images"] = self.count(protocol, total)
         judging, perceptual = self.judges(protocol)
         sides = partial(judging.sides, count) if judging else None
+        empty = sides() if sides else ()
+        for side in empty if count > 1 else ():
+            side.check(count)
         identity = {
             "subject": subject, "data": facts, "lpips": perceptual and weights_hash(perceptual),
-            "sides": [side.protocol() for side in sides()] if sides else None,
+            "sides": [side.protocol() for side in empty],
         }  # fmt: skip
         with progress_bar(None, count, "reconstructing") as advance:
             result = evaluate_tokenizer(
@@ -207,14 +226,19 @@ class Task(Evaluation):
     @torch.no_grad()
     def _classification(self, classifier: Classifier, subject: dict[str, Any]) -> Result:
         split = self.config.split or self.data.val_split
-        batches, count, facts = reference_batches(self.data, split, self.config.batch_size, self.config.count)
-        right = 0
+        source, count, facts = split_images(self.data, split, self.config.count)
+
+        def make() -> Mean:
+            return Mean("accuracy", lambda features, batch: logits_of(features).argmax(-1).cpu() == batch["label"], {})
+
+        def step(score: Mean, batch: Batch) -> None:
+            pooled = classifier.features(to_image(batch["image"].to(self.device)))
+            score.update(Features(pooled, classifier.classify(pooled)), batch)
+
+        protocol = {"data": facts, "count": count}
         with progress_bar(None, count, "classifying") as advance:
-            for batch in batches:
-                guess = classifier(to_image(batch["image"].to(self.device))).argmax(-1).cpu()
-                right += int((guess == batch["label"]).sum())
-                advance(len(guess))
-        return Result("classification", {"accuracy": right / count}, {"data": facts, "count": count}, subject)
+            score = accumulate(make, source, count, step, self.pace({**protocol, "subject": subject}, advance))
+        return Result("classification", score.compute(), protocol, subject)
 
 
 def _is_images(target: Path) -> bool:

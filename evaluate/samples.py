@@ -22,6 +22,10 @@ from ..models.samplers.decode import Tally, sample
 from ..models.text import TextEncoder
 from ..models.tokenizers.base import Tokenizer
 from .ranks import Source
+from .speed import Speed, clocked
+
+Draw = Callable[[np.ndarray, Tally], Iterator[dict[str, Tensor]]]
+"""Gives the codes or vectors of some numbers as one batch, and counts what they cost."""
 
 
 def class_ids(count: int, classes: list[int] | None, num_classes: int) -> Tensor:
@@ -126,18 +130,20 @@ def decode_batches(
         yield {**batch, "image": to_uint8(images).cpu()}
 
 
-def drawn(tokenizer: Tokenizer, draw: Callable[[np.ndarray, Tally], Iterator[dict[str, Tensor]]]) -> Source:
+def drawn(tokenizer: Tokenizer, draw: Draw, speed: Speed) -> Source:
     """Samples as a source of images by number.
 
     Args:
         tokenizer: decodes them.
-        draw: gives the codes or vectors of some numbers as one batch, and counts what they cost.
+        draw: see there.
+        speed: is told how long that takes.
     """
 
     def source(batches: Sequence[np.ndarray]) -> Iterator[dict[str, Tensor]]:
         for numbers in batches:
             tally = Tally()
-            for batch in decode_batches(tokenizer, draw(numbers, tally)):
+            codes = list(clocked(draw(numbers, tally), speed.drawing, speed.device))
+            for batch in clocked(decode_batches(tokenizer, codes), speed.decoding, speed.device):
                 yield {**batch, **{name: torch.full((len(numbers),), cost) for name, cost in tally.per_image.items()}}
 
     return source

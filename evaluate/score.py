@@ -23,6 +23,15 @@ class SampleScore:
     def __init__(self, network: FeatureNet, measures: Mapping[str, Measure]) -> None:
         self.network, self.measures = network, dict(measures)
 
+    def check(self, count: int) -> None:
+        """Make sure that so many images are enough for every measure.
+
+        Raises:
+            UserError: they are too few.
+        """
+        for measure in self.measures.values():
+            measure.check(count)
+
     def update(self, batch: Batch) -> None:
         """Add a batch."""
         if not self.measures:

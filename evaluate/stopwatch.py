@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 def per_second(action: Callable[[], None], seconds: float, device: torch.device, agree: Callable[[bool], bool] = bool) -> float:
@@ -22,7 +26,7 @@ def per_second(action: Callable[[], None], seconds: float, device: torch.device,
     times: list[float] = []
     begun = time.perf_counter()
     while True:
-        times.append(_seconds(action, device))
+        times.append(timed(action, device)[1])
         needed = seconds if len(times) >= 3 else 3 * seconds
         if agree(time.perf_counter() - begun >= needed):
             break
@@ -53,17 +57,31 @@ def in_turns(
     begun = time.perf_counter()
     while min(map(len, times.values())) < turns or time.perf_counter() - begun < seconds:
         for name, action in actions.items():
-            times[name].append(_seconds(action, device))
+            times[name].append(timed(action, device)[1])
             if on_turn:
                 on_turn(1)
     return {name: median(found) for name, found in times.items()}
 
 
-def _seconds(action: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def timed(action: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """What an action gives, and the seconds until its device has done all of it."""
+    _finish(device)
     start = time.perf_counter()
-    action()
+    given = action()
+    _finish(device)
+    return given, time.perf_counter() - start
+
+
+def _finish(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+        torch.cuda.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    """As its maker calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"CPU {names[0]}" if names else "CPU"

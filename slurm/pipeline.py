@@ -13,8 +13,8 @@ from ..conf.slurm import Cluster, Pipeline, Slurm, Step
 from ..errors import ConfigError, UserError, nearest
 from ..evaluate.console import say
 from ..train.folder import tagged_name
-from .script import Job
-from .submit import STAGES, STATE, Task, hand_in, hints, plan, script_of, split_overrides
+from .script import Job, Task
+from .submit import STAGES, STATE, hand_in, hints, plan, script_of, split_overrides
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,13 @@ def chain(name: str, config: Slurm, overrides: Sequence[str], command: Sequence[
             tasks.append(checked)
         if len(tasks) == 1:
             folder = tasks[0].folder
-        job = Job(f"{name}-{step.name}", (folder / STATE).absolute(), [task.words for task in tasks], cluster, command)
+        job = Job(f"{name}-{step.name}", (folder / STATE).absolute(), tasks, cluster, command)
         yield Link(job, tasks, folder)
 
 
 def _plan(stage: str, words: list[str], overrides: list[str], cluster: Cluster, folder: Path, name: str) -> Task:
     if stage == "report":
-        return Task((stage, *words, str(folder / "report.html")), folder, None)
+        return Task((stage, *words, str(folder / "report.html")), folder, once=True)
     if stage not in STAGES:
         raise UserError("no such stage", where=f"pipeline: {stage}", fix=nearest(stage, [*STAGES, "report"]))
     return plan(stage, [*words, *overrides], cluster, folder, name)

@@ -19,10 +19,13 @@ from ..train.signals import EXIT_REQUEUE, StopFlag
 
 ENDED = "TOKAR_ENDED"
 """Variable that names the file for the exit code."""
-ONCE = frozenset({"evaluate", "sample", "report"})
+ONCE = frozenset({"sample", "report"})
 """What runs in one process, on however many nodes."""
-SHARDS = {"encode": ("..train.encode", "encode"), "pairs": ("..train.pairs", "make_pairs")}
-"""What writes shards on all ranks, by its module and function, imported when it is known which of them is wanted."""
+ACTIONS = {
+    "encode": ("..train.encode", "encode"), "pairs": ("..train.pairs", "make_pairs"), "sample": ("..train.sample", "sample"),
+    "evaluate": ("..train.evaluate", "evaluate_on_ranks"),
+}  # fmt: skip
+"""What trains nothing, by its module and function, imported when it is known which of them is wanted."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -63,21 +66,13 @@ def run(stage: str, overrides: Sequence[str], stop: StopFlag) -> int:
         from ..train.run import start
 
         return start(composed, stop)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
-    if stage in SHARDS:
-        module, name = SHARDS[stage]
-        write = getattr(importlib.import_module(module, __package__), name)
-        signal.signal(signal.SIGUSR1, _leave)  # finished shards are kept: the next start goes on after them
-        signal.signal(signal.SIGTERM, _leave)
-        return int(write(composed))
-    if stage == "sample":
-        from ..train.sample import sample
-
-        return sample(composed)
-    from ..evaluate.run import evaluate
-
-    return evaluate(composed)
+    module, name = ACTIONS[stage]
+    act = getattr(importlib.import_module(module, __package__), name)
+    # Finished shards and states of an evaluation are kept: the next start goes on after them.
+    goes_on = composed.typed.dealt if stage == "evaluate" else stage not in ONCE
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, _leave if goes_on else signal.SIG_DFL)
+    return int(act(composed))
 
 
 def _leave(number: int, frame: object) -> None:

@@ -10,11 +10,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..conf.compose import Composed
 from ..conf.slurm import Cluster
 from ..train.hosts import FIRST_PORT, PORTS
-from .rank import ONCE
 
 TEMPLATE = Path(__file__).with_name("job.sbatch")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A checked task of a job.
+
+    Args:
+        words: for `tokar.slurm.rank`.
+        folder: what it makes: the run folder, the codes, or for evaluations the folder of the job.
+        composed: its config; `None` for a report.
+        once: it runs in one process, on however many nodes.
+    """
+
+    words: tuple[str, ...]
+    folder: Path
+    composed: Composed | None = None
+    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -24,14 +41,14 @@ class Job:
     Args:
         name: as the queue shows it.
         state: folder of its script, log, code and counters.
-        tasks: words for `tokar.slurm.rank`, run one after another.
+        tasks: run one after another.
         cluster: what it asks for.
         command: that wrote it.
     """
 
     name: str
     state: Path
-    tasks: Sequence[Sequence[str]]
+    tasks: Sequence[Task]
     cluster: Cluster
     command: Sequence[str]
 
@@ -63,7 +80,7 @@ def values_of(job: Job, code: Path, here: Path) -> dict[str, Any]:
     common = [*([f"--cpus-per-task={cores}"] if cores else []), *_container(job, here), *cluster.srun]
     return {
         **cluster.model_dump(),
-        "title": f"{job.name}: {', '.join(task[0] for task in job.tasks)}",
+        "title": f"{job.name}: {', '.join(task.words[0] for task in job.tasks)}",
         "command": shlex.join(["tokar", *job.command]),
         "script": shlex.quote(str(job.script)),
         "name": shlex.quote(job.name),
@@ -112,9 +129,9 @@ def _container(job: Job, here: Path) -> list[str]:
             f"--container-mounts={','.join([*mounts, *job.cluster.container_mounts])}"]  # fmt: skip
 
 
-def _run(task: Sequence[str], cluster: Cluster) -> str:
+def _run(task: Task, cluster: Cluster) -> str:
     """One task as the script calls it: `ranks "$python" -m tokar.slurm.rank …`."""
-    if task[0] in ONCE:
-        return f'once "$python" -m tokar.slurm.rank {shlex.join(task)}'
+    if task.once:
+        return f'once "$python" -m tokar.slurm.rank {shlex.join(task.words)}'
     start = f"tokar.slurm.node {cluster.tasks}" if cluster.launcher == "torchrun" else "tokar.slurm.rank"
-    return f'ranks "$python" -m {start} {shlex.join(task)}'
+    return f'ranks "$python" -m {start} {shlex.join(task.words)}'

@@ -7,7 +7,6 @@ import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +19,12 @@ from ..evaluate.protocol import write_whole
 from ..train.folder import WRITABLE, check_made_with, default_name, run_folder, tagged_name
 from .client import sbatch
 from .rank import ONCE
-from .script import Job, render
+from .script import Job, Task, render
 from .snapshot import snapshot
 
 STATE, JOBS_NAME, CONFIG_NAME = "slurm", "jobs.jsonl", "config.yaml"
 STAGES = (*TRAINING, "encode", "pairs", "sample", "evaluate")
 """What a job can run."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """A checked task of a job.
-
-    Args:
-        words: for `tokar.slurm.rank`.
-        folder: what it makes: the run folder, the codes, or for evaluations the folder of the job.
-        composed: its config; `None` for a report.
-    """
-
-    words: tuple[str, ...]
-    folder: Path
-    composed: Composed | None
 
 
 def submit(stage: str, overrides: Sequence[str], dry_run: bool) -> int:
@@ -51,7 +35,7 @@ def submit(stage: str, overrides: Sequence[str], dry_run: bool) -> int:
     config: Slurm = compose("slurm", asked).typed
     task = plan(stage, own, config.cluster)
     job = Job(
-        task.folder.name, (task.folder / STATE).absolute(), [task.words], config.cluster, ["slurm", "submit", stage, *overrides]
+        task.folder.name, (task.folder / STATE).absolute(), [task], config.cluster, ["slurm", "submit", stage, *overrides]
     )
     if dry_run:
         say(script_of(job, Path("CODE")).rstrip("\n"))
@@ -87,14 +71,14 @@ def plan(stage: str, overrides: Sequence[str], cluster: Cluster, folder: Path | 
     Raises:
         UserError: a problem of the config, or a run folder that another config made.
     """
-    if stage not in ONCE:
-        _check_ranks(overrides, cluster)
     composed = compose(stage, overrides)
-    if stage in ONCE:
-        return Task(
-            (stage, *overrides), folder or Path(composed.typed.paths.runs) / tagged_name(stage, composed.overrides), composed
-        )
-    words = [*overrides, *_ranks(composed, cluster)]
+    once = stage in ONCE or (stage == "evaluate" and not composed.typed.dealt)
+    if not once:
+        _check_ranks(overrides, cluster)
+    words = [*overrides, *([] if once else _ranks(composed, cluster))]
+    if stage in ("sample", "evaluate"):
+        folder = folder or Path(composed.typed.paths.runs) / tagged_name(stage, composed.overrides)
+        return Task((stage, *words), folder, compose(stage, words), once)
     if stage not in TRAINING:
         return Task((stage, *words), Path(composed.typed.out), compose(stage, words))
     words.append(quoted("name", composed.typed.name or name or default_name(composed)))  # the ranks do not name the folder

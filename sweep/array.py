@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..evaluate.console import say
 from ..evaluate.protocol import write_whole
 from ..slurm.client import call, sbatch
-from ..slurm.script import Job, fill, values_of
+from ..slurm.script import Job, Task, fill, values_of
 from ..slurm.snapshot import snapshot
 from ..slurm.submit import plan as plan_ranks
 from ..train.hosts import FIRST_PORT, PORTS
@@ -79,7 +79,7 @@ def _values(sweep: SweepFolder, code: Path) -> dict[str, Any]:
     """What the cluster's preset means in a script."""
     assert sweep.plan.cluster is not None
     command = ["sweep", sweep.plan.stage, *sweep.plan.fixed, *sweep.plan.space]
-    job = Job(job_name(sweep), sweep.path.absolute(), [("sweep",)], sweep.plan.cluster, command)
+    job = Job(job_name(sweep), sweep.path.absolute(), [Task(("sweep",), sweep.path)], sweep.plan.cluster, command)
     return values_of(job, code, Path.cwd())
 
 

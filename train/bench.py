@@ -17,6 +17,7 @@ from ..data.files import check_place
 from ..errors import UserError, nearest
 from ..evaluate.console import say, table
 from ..evaluate.protocol import versions, write_whole
+from ..evaluate.stopwatch import device_name
 from .bench_generators import bench_attention, bench_blocks, bench_sampler, bench_scales, layout_of
 from .bench_measure import measure
 from .bench_plain import PLAIN, bench_compiled
@@ -65,7 +66,7 @@ def bench(whats: Sequence[str], overrides: Sequence[str]) -> int:
     say(columns_of(overview(rows)))
     commit, _ = code_state()
     facts = {
-        "device": _device_name(workers.device),
+        "device": device_name(workers.device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "commit": commit,
@@ -136,15 +137,3 @@ def _train_step(step: Callable[..., Any], batch: dict[str, Tensor], clock: Clock
     step(batch, clock, networks)
     for network in networks.values():
         network.step(1.0)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpu = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
-        if cpu.exists()
-        else []
-    )
-    return f"CPU {names[0]}" if names else "CPU"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from ..evaluate.console import say
 from ..evaluate.distilled import ask_of, draw_vectors
 from ..evaluate.images import save_folder, save_grid, save_npz
 from ..evaluate.samples import Texts, class_ids, decode_batches, draw_codes, text_encoder
+from ..evaluate.speed import Laps, clocked
 from ..models.build import pick_device
 from ..models.open import OpenedGenerator, holds_distilled, open_distilled, open_generator
 from ..models.samplers.decode import Tally
@@ -39,13 +39,12 @@ def sample(composed: Composed) -> int:
     out = Path(config.out) if config.out else samples_folder(Path(config.model))
     check_place(out)
     device = pick_device(config.strategy.accelerator)
-    tally = Tally()
+    tally, laps = Tally(), Laps()
     draw = _draw_distilled if holds_distilled(Path(config.model)) else _draw_generator
     with progress_bar(None, config.count, "sampling") as advance:
         tokenizer, num_classes, drawn = draw(config, device, advance, tally)
-        begun = time.perf_counter()
-        batches = list(drawn)  # codes are small; pictures are decoded as each file is written
-    speed, cost = config.count / (time.perf_counter() - begun), tally.per_image
+        batches = list(clocked(drawn, laps, device))  # codes are small; pictures are decoded as each file is written
+    speed, cost = 1 / laps.seconds_per_image, tally.per_image
     calls, evaluations = f"{cost['network_calls']:g} network calls", f"{cost['evaluations']:g} evaluations"
     say(f"{config.count} images at {speed:.1f} a second, {calls} ({evaluations}) each")
     for path in _write(config, tokenizer, num_classes, batches, out):

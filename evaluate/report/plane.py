@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ..protocol import SECONDS
 from .markup import Markup, join, tag
 from .names import better, is_cost, is_quality, label, rank
 from .runs import Run
@@ -13,6 +14,8 @@ from .tables import WAY, Entry, rows_of, swatch, telling
 
 FEWEST = 2
 """Points that make a plane."""
+FIRST = (SECONDS, "evaluations")
+"""Costs that are drawn first."""
 
 
 class Point(NamedTuple):
@@ -21,6 +24,11 @@ class Point(NamedTuple):
     entry: Entry
     subject: str
     values: dict[str, float]
+
+    @property
+    def device(self) -> tuple[Any, ...]:
+        """What it was timed on; nothing where the protocol says it, which points of one plane share."""
+        return tuple(self.entry.result.speed.get(key) for key in ("device", "threads"))
 
 
 def planes(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -35,6 +43,8 @@ def planes(runs: Sequence[Run]) -> list[dict[str, Any]]:
         for file, result in run.results:
             entry = Entry(run, file, result)
             for row, values in rows_of(result).items():
+                if not row and SECONDS in result.speed:
+                    values[SECONDS] = result.speed[SECONDS]
                 if any(_costs(values)) and any(_qualities(values)):
                     found.setdefault(result.protocol_id, []).append(Point(entry, row or entry.facts.get(WAY, ""), values))
     return [_plane(name, points) for name, points in found.items() if len(points) >= FEWEST]
@@ -59,14 +69,21 @@ def _plane(protocol: str, found: Sequence[Point]) -> dict[str, Any]:
         told = "" if subject or several[entry.run.name] == 1 else _settings(entry, keys)
         mark, name = subject or entry.run.name, " · ".join(filter(None, (subject or entry.run.name, told)))
         points.append({"mark": mark, "colour": colour % 6, "name": name, "values": rounded})
-    costs = dict.fromkeys(key for point in found for key in _costs(point.values))
     qualities = dict.fromkeys(key for point in found for key in _qualities(point.values))
     return {
         "protocol": protocol,
-        "x": [{"key": key, "title": label(key)} for key in costs],
+        "x": [{"key": key, "title": label(key)} for key in _axes(found)],
         "y": [{"key": key, "title": label(key), "better": better(key)} for key in sorted(qualities, key=_importance)],
         "points": points,
     }
+
+
+def _axes(found: Sequence[Point]) -> list[str]:
+    """Costs to choose from: time first where every point was timed, on one device, then evaluations of the network."""
+    costs = dict.fromkeys(key for point in found for key in _costs(point.values))
+    if not all(SECONDS in point.values for point in found) or len({point.device for point in found}) > 1:
+        costs.pop(SECONDS, None)
+    return sorted(costs, key=lambda key: FIRST.index(key) if key in FIRST else len(FIRST))
 
 
 def _settings(entry: Entry, keys: Sequence[str]) -> str:

@@ -545,7 +545,6 @@ MISTAKES: dict[str, tuple[Mistake, ...]] = {
             "one image is too few",
             "tokar evaluate pictures data=digits features.path=runs/judge",
             picture("pictures/0.png"),
-            makes=("evaluation/unfinished/",),  # what was looked at so far, as after an interruption
         ),
         Mistake(
             "a broken image",
@@ -589,7 +588,8 @@ MISTAKES: dict[str, tuple[Mistake, ...]] = {
         ),
         Mistake(
             "statistics without the images that a measure needs",
-            "tokar evaluate images.npz features.path=runs/judge reference=s.npz protocol=classifier protocol.measures=[kid,frechet]",
+            "tokar evaluate images.npz features.path=runs/judge reference=s.npz protocol=classifier "
+            "protocol.measures=[kid,frechet] protocol.subset_size=4",
             both(images("images.npz"), statistics("s.npz", 64)),
         ),
         Mistake("a protocol for a probe", "tokar evaluate runs/tok protocol=classifier probe=linear"),

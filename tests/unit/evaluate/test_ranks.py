@@ -30,6 +30,10 @@ class Killed(Exception):
     pass
 
 
+TOLD = {}
+"""What the first rank of a start told the others."""
+
+
 def source(limit=None, asked=None):
     """Images that are their numbers; the start dies when it wants more than `limit` batches."""
 
@@ -47,7 +51,7 @@ def source(limit=None, asked=None):
 def run(folder, rank=0, world=1, limit=None, monkeypatch=None, asked=None, wanted=None):
     """One rank of a start, alone: what it would have given the others, it returns."""
     monkeypatch.setattr(ranks, "this_rank", lambda: (rank, world))
-    monkeypatch.setattr(ranks, "_wait", lambda: None)
+    monkeypatch.setattr(ranks, "_as_first", lambda held: TOLD.update({0: held.copy()}) or held if rank == 0 else TOLD[0])
     monkeypatch.setattr(ranks, "merge_ranks", lambda make, score: score)
     return accumulate(Seen, source(limit, asked), 50, Seen.update, Pace(4, 10, folder), wanted)
 
@@ -78,6 +82,16 @@ def test_another_number_of_ranks_goes_on(tmp_path, monkeypatch):
     total = run(tmp_path, monkeypatch=monkeypatch)
     assert (total.times == 1).all()
     assert [path.name for path in tmp_path.iterdir()] == ["rank-00000.pt"]
+
+
+def test_a_rank_goes_by_what_the_first_has_found_though_its_node_sees_another_folder(tmp_path, monkeypatch):
+    with pytest.raises(Killed):
+        run(tmp_path / "one", limit=3, monkeypatch=monkeypatch)
+    here, there = [], []
+    first = run(tmp_path / "one", 0, 2, monkeypatch=monkeypatch, asked=here)
+    second = run(tmp_path / "other", 1, 2, monkeypatch=monkeypatch, asked=there)
+    assert here + there == [*range(10, 20), *range(30, 40), *range(20, 30), *range(40, 50)]
+    assert (first.times + second.times == 1).all()
 
 
 def test_only_wanted_images_are_asked_for(tmp_path, monkeypatch):

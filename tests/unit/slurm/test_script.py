@@ -3,10 +3,13 @@ from pathlib import Path
 
 import pytest
 from tokar.conf.compose import compose, groups
-from tokar.slurm.script import Job, fill, render
+from tokar.slurm.script import Job, Task, fill, render
+from tokar.slurm.submit import plan
+
+TRAINING = Task(("tokenizer", "name=a b"), Path("/runs/a b"))
 
 
-def script(*overrides, tasks=(("tokenizer", "name=a b"),)):
+def script(*overrides, tasks=(TRAINING,)):
     cluster = compose("slurm", overrides).typed.cluster
     job = Job("a b", Path("/runs/a b/slurm"), tasks, cluster, ["slurm", "submit", "tokenizer", "name=a b"])
     return render(job, Path("/code"), Path("/home/me"))
@@ -55,9 +58,17 @@ def test_a_container_sees_the_working_directory_and_the_run_folder():
     assert "'--container-mounts=/home/me:/home/me,/runs/a b:/runs/a b'" in text
 
 
-def test_what_runs_in_one_process_is_started_once():
-    text = script("cluster=node8", tasks=(("evaluate", "target=runs/a"), ("report", "runs/a", "page.html")))
-    assert 'run once "$python" -m tokar.slurm.rank evaluate target=runs/a\n' in text
+def test_an_evaluation_uses_all_ranks_where_its_images_can_be_dealt_to_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cluster = compose("slurm", ["cluster=nodes4x8"]).typed.cluster
+    asked = (["target=runs/a"], ["target=runs/a", "measure=prefixes"], ["target=runs/a", "probe=linear"])
+    lines = script("cluster=nodes4x8", tasks=[plan("evaluate", words, cluster) for words in asked]).splitlines()[-3:]
+    rank = '"$python" -m tokar.slurm.rank evaluate target=runs/a'
+    assert lines == [
+        f"run ranks {rank} strategy=ddp strategy.nodes=4 strategy.devices=8",
+        f"run once {rank} measure=prefixes",
+        f"run once {rank} probe=linear",
+    ]
 
 
 @pytest.mark.parametrize("preset", groups()["cluster"])
@@ -77,7 +88,7 @@ def run_script(tmp_path, srun, **files):
     for name, text in files.items():
         (state / name).write_text(text)
     cluster = compose("slurm", ["cluster=cpu"]).typed.cluster
-    text = render(Job("run", state, [("classifier",)], cluster, ["slurm"]), code.parents[1], tmp_path)
+    text = render(Job("run", state, [Task(("classifier",), state.parent)], cluster, ["slurm"]), code.parents[1], tmp_path)
     environment = {"PATH": f"{programs}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
     done = subprocess.run(["bash"], input=text, env=environment, capture_output=True, text=True, timeout=60)
     return done.returncode, done.stderr, state

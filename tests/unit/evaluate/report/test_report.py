@@ -355,3 +355,15 @@ def test_every_sampler_and_student_is_a_point_of_its_protocol(tmp_path):
     ]
     assert found[0]["x"] == [{"key": "network_calls", "title": "Network calls / image"}]
     assert [metric["better"] for each in found for metric in each["y"]] == ["↓", "↓", "↑"]
+
+
+def test_the_plane_takes_time_where_all_points_have_it_from_one_device(tmp_path):
+    def axes(name, *speeds):
+        numbers = {"fd_classifier": 9.0, "network_calls": 16, "evaluations": 32}
+        told = ({"seconds_per_image": 0.5, "device": device, "threads": 1} if device else {} for device in speeds)
+        results = (Result("generation", numbers, {}, {"guidance": g}, speed=speed) for g, speed in enumerate(told))
+        (found,) = plane.planes(read_runs([with_results(make(tmp_path / name, "generator"), *results)]))
+        return [metric["key"] for metric in found["x"]]
+
+    assert axes("one", "CPU a", "CPU a") == ["seconds_per_image", "evaluations", "network_calls"]
+    assert axes("two", "CPU a", "GPU b") == axes("some", "CPU a", None) == ["evaluations", "network_calls"]
