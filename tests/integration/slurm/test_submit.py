@@ -17,23 +17,24 @@ def job_of(said):
 
 @pytest.mark.slow
 def test_a_pipeline_submitted_once_ends_with_its_report(cluster, login, digits, tmp_path):
-    trained = [f"{task}:{key}" for task in ("tokenizer", "generator", "judge")
+    images = [f"{task}:{key}" for task in ("tokenizer", "codes", "generator", "student", "judge")
+              for key in ("data.image_size=16", f"data.path={digits}")]  # fmt: skip
+    trained = [f"{task}:{key}" for task in ("tokenizer", "generator", "judge", "student")
                for key in ("loop.duration=4", "loop.batch_size=8", "loop.eval_samples=16")]  # fmt: skip
     said = login(
-        "slurm", "pipeline", "experiment=digits", "cluster=cpu", "cluster.tasks_per_node=1", "strategy.accelerator=cpu",
-        *(f"{task}:{key}" for task in ("tokenizer", "codes", "generator", "judge")
-          for key in ("data.image_size=16", f"data.path={digits}")),
-        *(f"tokenizer:{key}" for key in TINY), "generator:generator.dim=32", "generator:generator.layers=1",
-        "generator:generator.heads=2", *trained, "reconstruction:count=16", "samples:count=16",
+        "slurm", "pipeline", "experiment=digits_distill", "cluster=cpu", "cluster.tasks_per_node=1", "strategy.accelerator=cpu",
+        *images, *trained, *(f"tokenizer:{key}" for key in TINY), "generator:generator.dim=32", "generator:generator.layers=1",
+        "generator:generator.heads=2", "pairs:count=32", "pairs:val_count=16", "teacher:count=16", "one_step:count=16",
+        "all_steps:count=16",
     )  # fmt: skip
     folders = re.findall(r"^(\S+): job (\d+) is submitted", said, re.MULTILINE)
-    assert len(folders) == 4
+    assert len(folders) == 6
     last, _ = folders[-1]
     for folder, number in folders:
         log = tmp_path / folder / "slurm" / f"{number}.log"
         assert cluster.wait(number, timeout=600)["JobState"] == "COMPLETED", log.read_text()
     page = (tmp_path / last / "report.html").read_text()
-    assert all(f"digits-{name}" in page for name in ("tokenizer", "generator", "judge"))
+    assert all(f"digits_distill-{name}" in page for name in ("generator", "student"))
 
 
 @pytest.mark.slow
