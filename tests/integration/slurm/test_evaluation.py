@@ -34,7 +34,7 @@ def test_an_evaluation_on_two_nodes_goes_on_after_a_signal_and_ends_as_on_one_pr
     assert all(0 < held.sum() < COUNT for held in kept)
     assert cluster.wait(job, timeout=300)["JobState"] == "COMPLETED", log.read_text()
     assert "stopped by a signal and saved; requeued" in log.read_text()
-    assert "Starting with 2 processes" in log.read_text()
+    assert "2 ranks have met over gloo" in log.read_text()
 
     login("evaluate", *words[0].split("=")[1:], *words[1:], "out=alone")
     ranks, alone = (json.loads(next((tmp_path / out).glob("*.json")).read_text()) for out in ("ranks", "alone"))
