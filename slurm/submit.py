@@ -71,10 +71,10 @@ def plan(stage: str, overrides: Sequence[str], cluster: Cluster, folder: Path | 
     Raises:
         UserError: a problem of the config, or a run folder that another config made.
     """
+    if stage not in ONCE:
+        _check_ranks(overrides, cluster)
     composed = compose(stage, overrides)
     once = stage in ONCE or (stage == "evaluate" and not composed.typed.dealt)
-    if not once:
-        _check_ranks(overrides, cluster)
     words = [*overrides, *([] if once else _ranks(composed, cluster))]
     if stage in ("sample", "evaluate"):
         folder = folder or Path(composed.typed.paths.runs) / tagged_name(stage, composed.overrides)
