@@ -17,9 +17,11 @@ step "pairs of noise and codes" "$tokar" distill pairs "$runs/digits_llamagen" "
 step "DD1: train the student" "$tokar" train distill experiment=dd1_digits "${place[@]}"
 step "DD2: where it begins" "$tokar" train diffusion experiment=diffusion_digits "${place[@]}"
 step "DD2: train the generator" "$tokar" train dd2 experiment=dd2_digits "${place[@]}"
-step "compare" "$tokar" distill compare "$runs/digits_llamagen" "student=$runs/dd1_digits" "dd2=$runs/dd2_digits" \
+step "DD2: alignment" "$tokar" train dd2 experiment=dd2_digits name=dd2_aligned "align=$runs/dd2_digits" generator_rests=100 \
+    optim.lr=2e-4 fake_optim.lr=5e-4 loop.duration=3000 "${place[@]}"
+step "compare" "$tokar" distill compare "$runs/digits_llamagen" "student=$runs/dd1_digits" "dd2=$runs/dd2_aligned" \
     "features.path=$runs/digits_classifier" "${place[@]}"
-step "report" "$tokar" report "$runs"/{digits_llamagen,dd1_digits,diffusion_digits,dd2_digits} --out "$out/distillation.html"
+step "report" "$tokar" report "$runs"/{digits_llamagen,dd1_digits,diffusion_digits,dd2_digits,dd2_aligned} --out "$out/distillation.html"
 
 finish
 say "look at $out/distillation.html"
