@@ -236,11 +236,11 @@ def test_controls_answer(browser, report, tmp_path):
       say('step', book.querySelector('output').textContent); say('turned', book.querySelector('img').src !== last);
       say('together', new Set([...book.parentElement.querySelectorAll('output')].map((o) => o.textContent)).size);
       const plane = document.querySelector('.plane'), marks = () => plane.querySelector('.mark').getAttribute('transform');
-      const calls = marks(), title = () => [...plane.querySelectorAll('.axis-title')].map((t) => t.textContent).join(' / ');
+      const first = marks(), title = () => [...plane.querySelectorAll('.axis-title')].map((t) => t.textContent).join(' / ');
       say('axes', title());
       plane.querySelector('[data-of=x] [data-metric="1"]').click();
       plane.querySelector('[data-of=y] [data-metric="1"]').click();
-      say('other', title()); say('moved', marks() !== calls);
+      say('other', title()); say('moved', marks() !== first);
       const near = plane.querySelector('.mark').getBoundingClientRect();
       const at = { clientX: near.left + 4, clientY: near.top + 4 };
       plane.querySelector('svg').dispatchEvent(new PointerEvent('pointermove', at));
@@ -261,8 +261,8 @@ def test_controls_answer(browser, report, tmp_path):
     assert (seen["axis"], seen["raw"], seen["turned"], seen["open"]) == ("true", "true", "true", "1")
     assert (seen["step"], seen["together"]) == ("step 400", "1")
     assert (seen["dark"], seen["theme"], seen["offer"], seen["again"]) == ("true", "dark", "switch to light", "true")
-    assert seen["axes"] == "FD, classifier ↓ lower is better / Network calls / image →"
-    assert (seen["other"], seen["moved"]) == ("Class accuracy ↑ higher is better / Seconds / image →", "true")
+    assert seen["axes"] == "FD, classifier ↓ lower is better / Seconds / image →"
+    assert (seen["other"], seen["moved"]) == ("Class accuracy ↑ higher is better / Network calls / image →", "true")
     assert seen["point"].startswith("digits-gpt · guidance 1")
     assert seen["tip"].startswith("samples 128\u2009000")
     assert "digits-vqgan-wide" in seen["tip"]
