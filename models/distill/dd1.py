@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import UserError
+from ..generators.static_step import compiled
 from ..samplers.decode import Tally, sample
 from .codebook import nearest
-from .distilled import Helper, compiled
+from .distilled import Helper
 
 if TYPE_CHECKING:
     from .student import Prediction, Read, Student

@@ -5,9 +5,8 @@ Shapes: `B` batch, `N` tokens of an image, `D` code width, `V` codebook. Units a
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -61,13 +60,6 @@ class Ask:
     euler: Varying | None = None
     compile: bool | None = None
     teacher: Helper | None = None
-
-
-@functools.cache
-def compiled(part: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of a network and its inputs, compiled; other batch sizes make it compile once more, then for any size."""
-    # Of the function, not of one network: see `generators.static_step.compiled_step`.
-    return torch.compile(part)
 
 
 def check_help(ask: Ask) -> None:

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import UserError
+from ..generators.static_step import compiled
 from ..samplers.decode import Tally
 from .ar_diffusion import ARDiffusion
 from .codebook import nearest
 from .dd2 import refine
-from .distilled import Ask, compiled
+from .distilled import Ask
 
 
 class OneStepGenerator(ARDiffusion):

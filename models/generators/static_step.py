@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -49,7 +49,12 @@ def static_step(
 
 
 @functools.cache
-def compiled_step() -> Callable[..., Tensor]:
-    """`static_step` compiled. Units of other sizes or batches make it compile once more, then for any size."""
+def compiled(part: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a network and its inputs, compiled; other sizes or batches make it compile once more, then for any size."""
     # Of the function, not of one model: a copy of a model would else carry a step bound to the weights of the first.
-    return torch.compile(static_step)
+    return torch.compile(part)
+
+
+def compiled_step() -> Callable[..., Tensor]:
+    """`static_step` compiled."""
+    return compiled(static_step)
