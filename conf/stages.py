@@ -198,12 +198,18 @@ class DD2Run(TaughtRun):
 
     stage: Literal["dd2"]
     diffusion: Text = Field(description="run of `tokar train diffusion`: where both networks begin")
-    align: Text | None = Field(None, description="a dd2 run to go on from: its averaged generator and its fake score network")
+    after: Text | None = Field(None, description="a dd2 run to go on from: its averaged generator and its fake score network")
     generator_rests: Length = Field(0, description="the generator's first update comes after so long (DD2's alignment: 8000)")
     fake_updates: PositiveInt = Field(5, description="updates of the fake score network for each of the generator")
     fake_optim: Optim
     form: Literal["sid", "dmd"] = Field("sid", description="of the distillation loss; dmd needs less memory")
     alpha: NonNegativeFloat = Field(1.0, description="of form=sid")
+    score_weight: NonNegativeFloat = Field(
+        1.0, description="of the distillation loss; 0: none, and no fake score network learns"
+    )
+    pair_weight: NonNegativeFloat = Field(
+        0.0, description="of the squared distance from a pair's noise, in one step, to its tokens (DMD's regression; DD2: none)"
+    )
     draws: PositiveInt = Field(4, description="noises of each token in a step")
     chunk: PositiveInt | None = Field(None, description="tokens whose scores are computed at once; null: all")
 

@@ -54,6 +54,13 @@ class _Taught:
         """What each token would be drawn from given codes `[B, N]` before it, `[B, N, V]`."""
         return distributions(self.teacher, codes, condition, self.choices)
 
+    def codes(self, batch: Batch) -> Tensor:
+        """Of pairs `[B, N]`; where they have none yet the teacher makes them of their noise."""
+        if "codes" in batch:
+            return batch["codes"].long()
+        token_map = TokenMap(self.codebook.to(batch["noise"].device))
+        return follow(self.teacher, batch["label"], batch["noise"], token_map, **self.baked_in).clone()
+
     def levels(self, batch: Batch, salt: int) -> tuple[Tensor, Tensor]:
         """Noise levels `[M, B, N]` and noise `[M, B, N, D]` for each token; of a sample the same on any number of ranks."""
         count, (tokens, width) = self.draws, batch["noise"].shape[1:]
@@ -113,17 +120,11 @@ class DiffusionStage:
         return {"loss": loss}
 
     def _loss(self, batch: Batch, networks: Networks) -> Tensor:
-        codes, labels = self._codes(batch), batch["label"]
+        codes, labels = self.taught.codes(batch), batch["label"]
         codebook = self.taught.codebook.to(codes.device)
         score = dd2.TeacherScore(self.taught.logits(codes, labels), codebook, self.taught.support, self.config.chunk)
         tau, noise = self.taught.levels(batch, LEVEL_SALT)
         return dd2.ground_truth_score_loss(networks["model"], codes, labels, score, codebook, tau, noise)
-
-    def _codes(self, batch: Batch) -> Tensor:
-        if "codes" in batch:
-            return batch["codes"].long()
-        token_map = TokenMap(self.taught.codebook.to(batch["noise"].device))
-        return follow(self.taught.teacher, batch["label"], batch["noise"], token_map, **self.taught.baked_in).clone()
 
     def evaluate(self, batch: Batch, networks: Networks) -> dict[str, Tensor]:
         """The loss, and of its own samples the teacher's likelihood."""
@@ -143,15 +144,23 @@ class DiffusionStage:
 class DD2Stage:
     """Conditional score distillation: the fake score network at every step, the generator at every `fake_updates`-th.
 
+    The generator may also learn by regression, to the tokens that the teacher makes of the same noise: beside the scores, or
+    alone, as where it begins.
+
     Args:
         config: of the run.
         opened: the teacher.
+
+    Raises:
+        UserError: nothing to learn from, or what it begins with is of another kind or teacher.
     """
 
     def __init__(self, config: DD2Run, opened: OpenedGenerator) -> None:
+        if not config.score_weight and not config.pair_weight:
+            raise UserError("and score_weight are 0: nothing is learnt", where="pair_weight", fix="give one of them a weight")
         self.config, self.taught = config, _Taught(config, opened)
-        begun = locate_model(Path(config.align or config.diffusion))
-        follows = locate_model(Path(config.align), "fake") if config.align else begun
+        begun = locate_model(Path(config.after or config.diffusion))
+        follows = locate_model(Path(config.after), "fake") if config.after else begun
         self.generator, node = self._read(begun, OneStepGenerator, opened)
         self.fake, fake_node = self._read(follows, ARDiffusion, opened)
         self.trainables = {
@@ -181,16 +190,19 @@ class DD2Stage:
 
     def step(self, batch: Batch, clock: Clock, networks: Networks) -> dict[str, Tensor]:
         """One micro-batch: of the fake score network, and when its turn has come of the generator."""
-        labels, book = batch["label"], self.taught.codebook.to(batch["noise"].device)
+        book = self.taught.codebook.to(batch["noise"].device)
+        metrics = self._train_fake(batch, book, networks) if self.config.score_weight else {}
+        if self._generators_turn(clock):
+            metrics |= self._train_generator(batch, book, networks)
+        return metrics
+
+    def _train_fake(self, batch: Batch, book: Tensor, networks: Networks) -> dict[str, Tensor]:
+        labels, (tau, noise) = batch["label"], self.taught.levels(batch, LEVEL_SALT)
         with torch.no_grad():
             x = networks["generator"](self._noise(batch, FAKE_SALT), labels)
-        tau, noise = self.taught.levels(batch, LEVEL_SALT)
         loss = dd2.fake_score_loss(networks["fake"], x, dd2.prefix_of(x, book, True), labels, tau, noise)
         networks["fake"].backward(loss)
-        metrics = {"loss": loss, "code_distance": (x - F.embedding(nearest(x, book), book)).norm(dim=-1).mean()}
-        if self._generators_turn(clock):
-            metrics["generator_loss"] = self._train_generator(batch, book, networks)
-        return metrics
+        return {"loss": loss, "code_distance": (x - F.embedding(nearest(x, book), book)).norm(dim=-1).mean()}
 
     def _noise(self, batch: Batch, salt: int) -> Tensor:
         """Noise `[B, N, D]` that no epoch repeats, unlike that of the pairs."""
@@ -198,17 +210,34 @@ class DD2Stage:
         return sample_normals(self.config.seed, batch["epoch"], batch["index"], salt, like[0].numel()).view_as(like)
 
     def _generators_turn(self, clock: Clock) -> bool:
+        if not self.config.score_weight:
+            return True
         rested = clock.step >= Duration.parse(self.config.generator_rests).steps(clock.batch_size, clock.dataset_size)
         return rested and (clock.step + 1) % self.config.fake_updates == 0
 
-    def _train_generator(self, batch: Batch, book: Tensor, networks: Networks) -> Tensor:
-        """The cut-graph step: no backward passes through two networks (see `TokenizerStage`).
+    def _train_generator(self, batch: Batch, book: Tensor, networks: Networks) -> dict[str, Tensor]:
+        """One pass over new noise and, for regression, that of the pairs; losses are means over their own part."""
+        by_score, by_pairs = self.config.score_weight, self.config.pair_weight
+        noise = [self._noise(batch, START_SALT)] * bool(by_score) + [batch["noise"]] * bool(by_pairs)
+        made = networks["generator"](torch.cat(noise), batch["label"].repeat(len(noise))).chunk(len(noise))
+        total, metrics = made[0].new_zeros(()), {}
+        if by_score:
+            surrogate, metrics["generator_loss"] = self._score_loss(made[0], batch, book, networks)
+            total = total + by_score * surrogate
+        if by_pairs:
+            by_regression = dd2.pair_loss(made[-1], self.taught.codes(batch), book)
+            metrics["pair_loss" if by_score else "loss"] = by_regression
+            total = total + by_pairs * by_regression
+        networks["generator"].backward(total)
+        return metrics
+
+    def _score_loss(self, x: Tensor, batch: Batch, book: Tensor, networks: Networks) -> tuple[Tensor, Tensor]:
+        """A surrogate of the loss, and the loss: the cut-graph step, no backward through two networks (`TokenizerStage`).
 
         The loss is differentiated down to the generated tokens only, the generator's backward starts from a surrogate that has
         that very gradient; the fake score network's gradient of this step, which has its own loss, is left as it is.
         """
         labels, (tau, noise) = batch["label"], self.taught.levels(batch, GENERATOR_SALT)
-        x = networks["generator"](self._noise(batch, START_SALT), labels)
         leaf = x.detach().requires_grad_()
         with networks["fake"].apart() as fake:
             loss = dd2.generator_loss(
@@ -216,8 +245,7 @@ class DD2Stage:
                 form=self.config.form, alpha=self.config.alpha, snap=True, support=self.taught.support, chunk=self.config.chunk,
             )  # fmt: skip
             (gradient,) = torch.autograd.grad(loss, leaf)
-        networks["generator"].backward((x * gradient).sum())
-        return loss.detach()
+        return (x * gradient).sum(), loss.detach()
 
     def evaluate(self, batch: Batch, networks: Networks) -> dict[str, Tensor]:
         """Of one step: how far from codes it lands, and the teacher's likelihood of the nearest ones."""

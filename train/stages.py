@@ -96,7 +96,7 @@ def build_diffusion(config: DiffusionRun, workers: Workers) -> Built:
 
 
 def build_dd2(config: DD2Run, workers: Workers) -> Built:
-    """As `build_distill`; of the pairs only the class is read."""
+    """As `build_distill`; without `pair_weight` only the class is read of the pairs."""
     opened = open_teacher(config)
     train, validate = open_pairs(config, opened)
     return _built(config, workers, DD2Stage(config, opened), train, validate)

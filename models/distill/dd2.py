@@ -140,6 +140,14 @@ def distillation_loss(x: Tensor, real: Tensor, fake: Tensor, form: Form = "sid",
     return (difference * ((real - x) - alpha * difference) / weight).sum(-1).mean()
 
 
+def pair_loss(x: Tensor, codes: Tensor, codebook: Tensor) -> Tensor:
+    """Mean squared distance of tokens `x [B, N, D]`, made of a pair's noise, to the pair's codes `[B, N]`.
+
+    The regression of DMD (arXiv:2311.18828), which takes a perceptual distance of images; tokens have the codebook's own.
+    """
+    return (x - F.embedding(codes, codebook)).square().sum(-1).mean()
+
+
 def generator_loss(
     x: Tensor,
     fake: Velocities,

@@ -34,8 +34,8 @@ TOKENIZERS = {
 TOKENIZERS |= {name: TOKENIZERS[name[4:].replace("digits", "digits_llamagen")] for name in TEXTS if name.startswith("cca_")}
 SMALL_TEACHERS = {"digits": "digits_llamagen", "cifar10": "cifar10_teacher"}
 TEACHERS = {
-    name: SMALL_TEACHERS.get(student, student) for name in TEXTS for kind, _, student in [name.partition("_")]
-    if kind in ("dd1", "diffusion", "dd2")
+    name: SMALL_TEACHERS.get(student, student) for name in TEXTS
+    for kind, _, student in [name.removesuffix("_start").partition("_")] if kind in ("dd1", "diffusion", "dd2")
 }  # fmt: skip
 """Whose trajectories each student learns here, drawn on the fly."""
 THIN = ["tokenizer.encoder.width=32", "tokenizer.encoder.blocks=1", "tokenizer.decoder.blocks=1"]
@@ -161,7 +161,9 @@ def take_step(start, noise, captioned, folder):
             elif name in TEACHERS:
                 overrides += ["pairs=null", "count=4", f"model={take(TEACHERS[name])}"]
             if STAGES[name] == "dd2":
-                overrides.append(f"diffusion={take(name.replace('dd2', 'diffusion'))}")
+                overrides.append(f"diffusion={take(name.removesuffix('_start').replace('dd2', 'diffusion'))}")
+            if "after:" in TEXTS[name]:
+                overrides.append(f"after={take(f'{name}_start')}")
             if name.startswith("cca_"):
                 overrides.append(f"contrast.reference={take(name[4:].replace('digits', 'digits_llamagen'))}")
             if "perceptual_weight" in TEXTS[name]:

@@ -185,8 +185,8 @@ def test_both_networks_of_dd2_are_resumed(folder, start):
     command = start(folder, *diffusion)
     assert command.wait() == 0, command.log.read_text()
     assert "val/teacher_nll" in (folder / "diffusion/metrics.jsonl").read_text()
-    ask = ["train", "dd2", *TAUGHT, "diffusion=diffusion", "fake_updates=2", "generator_rests=1", "loop.duration=6",
-           "loop.save_every=2", "loop.keep=9"]  # fmt: skip
+    ask = ["train", "dd2", *TAUGHT, "diffusion=diffusion", "fake_updates=2", "generator_rests=1", "pair_weight=0.5",
+           "loop.duration=6", "loop.save_every=2", "loop.keep=9"]  # fmt: skip
     command = start(folder, *ask, "name=dd2")
     assert command.wait() == 0, command.log.read_text()
     metrics = [json.loads(line) for line in (folder / "dd2/metrics.jsonl").read_text().splitlines()]

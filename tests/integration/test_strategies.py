@@ -32,7 +32,7 @@ GENERATOR = [
 ]  # fmt: skip
 TAUGHT = ["loop.duration=4", "loop.eval_samples=12", "loop.save_every=4", "sampling.guidance=2", "optim.clip=0.5"]
 DIFFUSION = ["train", "diffusion", *TAUGHT, "width=32", "depth=1", "hidden=32", "fit_steps=50", "draws=2", "steps=2"]
-DD2 = ["train", "dd2", *TAUGHT, "fake_updates=2", "draws=2", "loop.accumulate=2"]
+DD2 = ["train", "dd2", *TAUGHT, "fake_updates=2", "pair_weight=0.5", "draws=2", "loop.accumulate=2"]
 STUDENT = ["train", "distill", *TAUGHT, "student.timesteps=[0,5]", "student.split=64", "loop.accumulate=2"]
 FP32, HALF = 5e-4, 5e-2
 

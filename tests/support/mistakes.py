@@ -46,7 +46,7 @@ FIRST = (PREPARE, TOKENIZER, OTHER, ENCODE, GENERATOR, JUDGE, PAIRS, STUDENT, DI
 
 NEW_TOKENIZER, NEW_GENERATOR = TOKENIZER.replace("=tok ", "=new "), GENERATOR.replace("=gen ", "=new ")
 NEW_STUDENT = STUDENT.replace("=stu ", "=new ")
-DD2 = "tokar train dd2 experiment=dd2_digits name=new model=runs/gen diffusion=runs/dif pairs=null $TINY"
+DD2 = "tokar train dd2 experiment=dd2_digits name=new model=runs/gen diffusion=runs/dif after=null pairs=null $TINY"
 TWIN = run(GENERATOR.replace("=gen ", "=twin ") + " seed=1")
 OF_OTHER_CODES = run(GENERATOR.replace("=gen ", "=far ") + " codes.path=null codes.tokenizer=runs/two")
 NEWEST, OLDER = "runs/tok/checkpoints/step-00000004", "runs/tok/checkpoints/step-00000002"
@@ -463,6 +463,7 @@ MISTAKES: dict[str, tuple[Mistake, ...]] = {
         Mistake("a tokenizer that is to help", "tokar sample runs/stu student.teacher=runs/tok student.keep=2"),
         Mistake("help in other codes", "tokar sample runs/stu student.teacher=runs/far student.keep=2", OF_OTHER_CODES),
         Mistake("a token in no step", "tokar sample runs/dif student.euler=0"),
+        Mistake("DD2 that learns from nothing", f"{DD2} score_weight=0"),
         Mistake("DD2 from a student", f"{DD2} diffusion=runs/stu"),
         Mistake("DD2 from the diffusion form of another teacher", f"{DD2} model=runs/twin", TWIN),
         Mistake(

@@ -6,6 +6,7 @@ from tiny_tokenizers import tiny
 from tokar.conf.compose import compose
 from tokar.errors import UserError
 from tokar.models.build import build, save_model, weights_hash
+from tokar.models.distill.codebook import codebook_of
 from tokar.models.distill.one_step import OneStepGenerator
 from tokar.models.open import OpenedGenerator
 from tokar.train.cost import LATE, _OnPaper
@@ -58,3 +59,28 @@ def test_a_step_of_each_stage(tmp_path):
     main = stage.trainables["generator"]
     assert main.node["_target_"].endswith("OneStepGenerator")
     assert isinstance(build(main.node), OneStepGenerator)
+
+
+def test_pairs_beside_scores_or_alone(tmp_path):
+    """Gradients of both losses add up; alone, regression moves the generator at every step and the other network never."""
+    opened, found = teacher(0), {}
+    diffusion = DiffusionStage(compose("diffusion", ["experiment=diffusion_var_d16", "width=16"]).typed, opened)
+    main = diffusion.trainables["model"]
+    save_model(tmp_path / "diffusion", main.node, main.module.state_dict(), main.facts)
+    words = ["experiment=dd2_var_d16", "draws=2", f"diffusion={tmp_path / 'diffusion'}", "sampling.top_k=9", "fake_updates=1"]
+    for name, more in {
+        "scores": [],
+        "both": ["pair_weight=0.5"],
+        "pairs": ["pair_weight=1", "score_weight=0", "fake_updates=7"],
+    }.items():
+        stage = DD2Stage(compose("dd2", [*words, *more]).typed, opened)
+        metrics = step(stage)
+        found[name] = [value.grad for value in stage.generator.parameters()]
+        assert ("generator_loss" in metrics, "pair_loss" in metrics) == (name != "pairs", name == "both")
+        assert bool(with_gradient(stage.fake)) == (name != "pairs")
+    made, true = stage.generator(batch()["noise"], batch()["label"]), codebook_of(opened.tokenizer)[batch()["codes"]]
+    assert metrics["loss"].item() == pytest.approx((made - true).square().sum(-1).mean().item(), rel=1e-6)
+    for score, both, pairs in zip(found["scores"], found["both"], found["pairs"], strict=True):
+        assert torch.allclose(both, score + 0.5 * pairs, rtol=1e-4, atol=1e-6)
+    with pytest.raises(UserError, match="nothing is learnt"):
+        DD2Stage(compose("dd2", [*words, "score_weight=0"]).typed, opened)
