@@ -179,7 +179,17 @@ class DistillRun(TaughtRun):
     losses: DistillLosses
 
 
-class DiffusionRun(TaughtRun):
+class ScoredRun(TaughtRun):
+    """What both stages of DD2 have: tokens are noised, and scores compared there."""
+
+    draws: PositiveInt = Field(4, description="noises of each token in a step (MAR: 4)")
+    level_power: PositiveFloat = Field(
+        1.0, description="levels of noise are u**power: above 1 more low ones, where codes differ"
+    )
+    chunk: PositiveInt | None = Field(None, description="tokens whose scores are computed at once; null: all")
+
+
+class DiffusionRun(ScoredRun):
     """`tokar train diffusion`."""
 
     stage: Literal["diffusion"]
@@ -187,13 +197,11 @@ class DiffusionRun(TaughtRun):
     depth: PositiveInt = Field(3, description="its residual blocks")
     hidden: PositiveInt = Field(1024, description="next-token teachers: of the layer that reads vectors in the place of codes")
     fit_steps: NonNegativeInt = Field(1000, description="next-token teachers: steps to fit that layer to the table of codes")
-    draws: PositiveInt = Field(4, description="noises of each token in a step (MAR: 4)")
-    chunk: PositiveInt | None = Field(None, description="tokens whose scores are computed at once; null: all")
     steps: Varying = Field(10, description="Euler steps of each token when it draws, a number or a schedule over the image")
     head_only: bool = Field(False, description="train the new head alone; the backbone stays the teacher's (DD2's first phase)")
 
 
-class DD2Run(TaughtRun):
+class DD2Run(ScoredRun):
     """`tokar train dd2`."""
 
     stage: Literal["dd2"]
@@ -210,8 +218,6 @@ class DD2Run(TaughtRun):
     pair_weight: NonNegativeFloat = Field(
         0.0, description="of the squared distance from a pair's noise, in one step, to its tokens (DMD's regression; DD2: none)"
     )
-    draws: PositiveInt = Field(4, description="noises of each token in a step")
-    chunk: PositiveInt | None = Field(None, description="tokens whose scores are computed at once; null: all")
 
 
 class ClassifierRun(Spine):

@@ -40,7 +40,7 @@ class _Taught:
     """What both stages know: a teacher, its tokenizer, its guided and truncated distributions."""
 
     def __init__(self, config: DiffusionRun | DD2Run, opened: OpenedGenerator) -> None:
-        self.seed, self.draws = config.seed, config.draws
+        self.seed, self.draws, self.level_power = config.seed, config.draws, config.level_power
         self.teacher, self.tokenizer = opened.generator, opened.tokenizer
         self.codebook = codebook_of(self.tokenizer)
         self.baked_in: dict[str, Any] = config.sampling.model_dump(include=set(BAKED_IN))
@@ -67,7 +67,7 @@ class _Taught:
         place = (self.seed, batch["epoch"], batch["index"])
         uniform = sample_uniforms(*place, salt, count * tokens).unflatten(1, (count, tokens))
         normal = sample_normals(*place, salt + 1, count * tokens * width).unflatten(1, (count, tokens, width))
-        return dd2.levels(uniform).transpose(0, 1), normal.transpose(0, 1)
+        return dd2.levels(uniform, self.level_power).transpose(0, 1), normal.transpose(0, 1)
 
     def likelihood(self, codes: Tensor, condition: Tensor) -> dict[str, Tensor]:
         """Of samples: nats per token under the teacher, and how often they use each code; the former alone can be gamed."""

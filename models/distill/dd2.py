@@ -70,9 +70,9 @@ def noised(x: Tensor, noise: Tensor, tau: Tensor) -> Tensor:
     return (1 - tau[..., None]) * x + tau[..., None] * noise
 
 
-def levels(uniform: Tensor) -> Tensor:
-    """Noise levels in `LEAST … MOST` from numbers in [0, 1), any shape."""
-    return LEAST + (MOST - LEAST) * uniform
+def levels(uniform: Tensor, power: float = 1.0) -> Tensor:
+    """Noise levels in `LEAST … MOST` from numbers `u` in [0, 1), any shape: with u² half of them are in the lowest quarter."""
+    return LEAST + (MOST - LEAST) * uniform**power
 
 
 def ground_truth_score_loss(

@@ -109,6 +109,14 @@ def test_drawing_with_a_cache_is_drawing_without(model):
     assert torch.equal(found, codes)
 
 
+def test_levels():
+    uniform = torch.linspace(0, 1, 1001)
+    assert dd2.levels(uniform)[[0, 500, -1]].tolist() == pytest.approx([dd2.LEAST, 0.5, dd2.MOST], rel=1e-6)
+    assert (dd2.levels(uniform, 2.0) <= dd2.LEAST + (dd2.MOST - dd2.LEAST) / 4).float().mean().item() == pytest.approx(
+        0.5, abs=1e-3
+    )
+
+
 def test_distillation_losses():
     """SiD at α = 1 is `(f_Phi - f_psi)·(f_psi - x)/w`; DMD's gradient at x is `(f_psi - f_Phi)/w`; both rest at agreement."""
     x, real, fake = normal(0, 2, 3, 4).requires_grad_(), normal(1, 5, 2, 3, 4), normal(2, 5, 2, 3, 4)
