@@ -133,6 +133,15 @@ class Cluster:
                 if mark in place.read_bytes().split(b"\0") and int(place.parts[2]) != os.getpid():
                     yield int(place.parts[2])
 
+    def _running(self) -> Iterator[str]:
+        """A line for each process of this cluster: what it is, its state, and where in the kernel it waits."""
+        for number in self._processes():
+            place = Path("/proc", str(number))
+            with contextlib.suppress(OSError):
+                state = (place / "stat").read_text().rpartition(") ")[2][0]
+                words = (place / "cmdline").read_text().replace("\0", " ")[:300]
+                yield f"{number} {state} {(place / 'wchan').read_text()}: {words}"
+
     def run(self, *command: str, check: bool = True, folder: Path | None = None) -> str:
         """Standard output of a command that knows this cluster."""
         done = subprocess.run(
@@ -153,13 +162,13 @@ class Cluster:
         return self.job(number)
 
     def until(self, condition: Callable[[], bool], timeout: float, what: str) -> None:
-        """Wait for a condition; fails with the queue and the controller's last words when it takes too long."""
+        """Wait for a condition; fails with the queue, the controller's last words and what runs when it takes too long."""
         end = time.monotonic() + timeout
         while not condition():
             if time.monotonic() > end:
                 log = (self.state / "log/slurmctld.log").read_text().splitlines()[-15:]
                 queue = self.run("squeue", "-t", "all", check=False)
-                raise AssertionError("\n".join([f"waited {timeout} s for {what}", queue, *log]))
+                raise AssertionError("\n".join([f"waited {timeout} s for {what}", queue, *log, *self._running()]))
             time.sleep(0.05)
 
 
