@@ -25,6 +25,10 @@ def conflicts(config: Any) -> Iterator[str]:
         yield from _strategy_conflicts(strategy)
     if strategy is not None and getattr(config, "head_only", False) and strategy.name in ("fsdp", "zero3"):
         yield f"head_only: {strategy.name} shards no weights that stay as they are; set strategy=ddp, zero1 or zero2"
+    if getattr(config, "contrast", None) and getattr(config, "adapt", None):
+        yield "adapt: another fine-tuning than contrast; adapt first, then run contrast on the adapted generator"
+    if getattr(config, "score_weight", None) == 0 and not config.pair_weight:
+        yield "pair_weight: and score_weight are 0, so nothing is learnt; give one of them a weight"
     profile = getattr(config, "profile", None)
     if not isinstance(profile, bool | None) and profile.every is not None and profile.every < profile.steps:
         yield f"profile.every: a window of {profile.steps} steps is not over by then; raise it to {profile.steps} or more"

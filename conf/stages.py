@@ -133,6 +133,14 @@ class Contrast(Node):
     )
 
 
+class Adapt(Node):
+    """A trained next-token generator learns to read vectors in the place of codes, which DD2 asks of a teacher."""
+
+    reference: Text = Field(description="the generator run it begins with; its averaged weights")
+    hidden: PositiveInt = Field(1024, description="of the layer that reads vectors")
+    fit_steps: NonNegativeInt = Field(1000, description="to fit that layer to the table of codes, before training begins")
+
+
 class GeneratorRun(Spine):
     """`tokar train generator`."""
 
@@ -141,6 +149,7 @@ class GeneratorRun(Spine):
     generator: Component
     class_dropout: Fraction = Field(0.1, description="share of samples trained without their class")
     contrast: Contrast | None = Field(None, description="fine-tune a trained generator by CCA in the place of its likelihood")
+    adapt: Adapt | None = Field(None, description="fine-tune a trained next-token generator to read vectors, by its likelihood")
     sampling: Sampling
 
 
@@ -195,8 +204,8 @@ class DiffusionRun(ScoredRun):
     stage: Literal["diffusion"]
     width: PositiveInt = Field(1024, description="of the network that moves one token")
     depth: PositiveInt = Field(3, description="its residual blocks")
-    hidden: PositiveInt = Field(1024, description="next-token teachers: of the layer that reads vectors in the place of codes")
-    fit_steps: NonNegativeInt = Field(1000, description="next-token teachers: steps to fit that layer to the table of codes")
+    hidden: PositiveInt = Field(1024, description="next-token teachers of codes: of the layer that reads vectors")
+    fit_steps: NonNegativeInt = Field(1000, description="next-token teachers of codes: steps to fit that layer to their table")
     steps: Varying = Field(10, description="Euler steps of each token when it draws, a number or a schedule over the image")
     head_only: bool = Field(False, description="train the new head alone; the backbone stays the teacher's (DD2's first phase)")
 

@@ -50,7 +50,7 @@ class ContrastStage(GeneratorStage):
                 where="contrast",
                 fix="take a next-token or next-scale one of classes",
             )
-        self.reference = open_reference(Path(self.contrast.reference), facts)
+        self.reference = open_reference("contrast.reference", self.contrast.reference, facts)
         weights = self.reference.state_dict()
         family = type(self.generator).__name__
         check_shapes(shapes_of(self.generator.state_dict()), shapes_of(weights), family, where="contrast.reference")
@@ -74,25 +74,26 @@ class ContrastStage(GeneratorStage):
         return losses
 
 
-def open_reference(path: Path, facts: dict[str, Any]) -> Generator:
+def open_reference(where: str, place: str, facts: dict[str, Any]) -> Generator:
     """The generator that a run, a checkpoint or an exported model holds.
 
     Args:
-        path: where it lies.
+        where: the config key that names it.
+        place: where it lies.
         facts: of the generator that is to begin with it.
 
     Raises:
         UserError: no generator, or one of other codes or classes.
     """
-    model, theirs, _ = open_model(path)
+    model, theirs, _ = open_model(Path(place))
     if not isinstance(model, Generator):
-        raise UserError(f"holds a {type(model).__name__}, not a generator", where=path, fix="point at a generator run")
+        raise UserError(f"holds a {type(model).__name__}, not a generator", where=place, fix="point at a generator run")
     for name, ours in (("tokenizer", (facts["tokenizer"] or {}).get("hash")), ("classes", facts["classes"])):
         found = (theirs.get(name) or {}).get("hash") if name == "tokenizer" else theirs.get(name)
         if None not in (ours, found) and ours != found:
             raise UserError(
                 f"speaks of another {name} than the codes",
-                where=f"contrast.reference={path}",
+                where=f"{where}={place}",
                 fix="give the generator of these codes",
             )
     return model

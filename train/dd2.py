@@ -16,14 +16,13 @@ from ..data.stream import to_uint8
 from ..errors import UserError
 from ..models.build import build, load_model, locate_model, model_facts, model_node, weights_hash
 from ..models.distill import dd2
-from ..models.distill.adapt import VectorEmbedding, fit_embedding
+from ..models.distill.adapt import continuous_node, inherit, reads_codes_alone
 from ..models.distill.ar_diffusion import ARDiffusion, euler_counts
 from ..models.distill.codebook import codebook_of, decode_vectors, nearest
 from ..models.distill.flow_map import TokenMap
 from ..models.distill.one_step import OneStepGenerator
 from ..models.distill.students import without_dropout
 from ..models.distill.trajectory import distributions, follow
-from ..models.generators.next_token import NextToken
 from ..models.open import OpenedGenerator
 from ..models.samplers.decode import choices_for
 from .clock import Clock
@@ -76,11 +75,10 @@ class _Taught:
 
 
 def diffusion_node(node: Mapping[str, Any], teacher: nn.Module, embed_dim: int, config: DiffusionRun) -> dict[str, Any]:
-    """The node of the diffusion model of a teacher; a next-token one learns to read vectors."""
+    """The node of the diffusion model of a teacher; a next-token one of codes learns to read vectors."""
     node = without_dropout(node)
-    if isinstance(teacher, NextToken):
-        continuous = "tokar.models.distill.adapt.continuous"
-        node = {"_target_": continuous, "teacher": node, "embed_dim": embed_dim, "hidden": config.hidden}
+    if reads_codes_alone(teacher):
+        node = continuous_node(node, embed_dim, config.hidden)
     head = {"embed_dim": embed_dim, "width": config.width, "depth": config.depth}
     return {"_target_": "tokar.models.distill.ar_diffusion.ARDiffusion", "teacher": node, **head}
 
@@ -98,20 +96,12 @@ class DiffusionStage:
         codebook = self.taught.codebook
         node = diffusion_node(opened.node, opened.generator, codebook.shape[1], config)
         self.model: ARDiffusion = build(node)
-        self._begin(opened.generator, codebook)
+        inherit(self.model.backbone, opened.generator, codebook, config.fit_steps)
         self.model.bind(opened.tokenizer)
         euler_counts(config.steps, self.model.plan, "steps")  # else a mistake would stop the run at its first picture
         self.model.backbone.requires_grad_(not config.head_only)
         self.trainables = {"model": Trainable(self.model, node, config.optim, facts=self.taught.facts)}
         self.frozen = self.taught.frozen
-
-    def _begin(self, teacher: nn.Module, codebook: Tensor) -> None:
-        own = self.model.backbone.state_dict()
-        shared = {name: value for name, value in teacher.state_dict().items() if name in own}
-        self.model.backbone.load_state_dict({**own, **shared})
-        tokens = getattr(self.model.backbone, "tokens", None)
-        if isinstance(tokens, VectorEmbedding) and isinstance(teacher, NextToken):
-            fit_embedding(tokens, teacher.tokens.weight.detach(), codebook, self.config.fit_steps)
 
     def step(self, batch: Batch, clock: Clock, networks: Networks) -> dict[str, Tensor]:
         """One micro-batch."""
@@ -152,12 +142,10 @@ class DD2Stage:
         opened: the teacher.
 
     Raises:
-        UserError: nothing to learn from, or what it begins with is of another kind or teacher.
+        UserError: what it begins with is of another kind or teacher.
     """
 
     def __init__(self, config: DD2Run, opened: OpenedGenerator) -> None:
-        if not config.score_weight and not config.pair_weight:
-            raise UserError("and score_weight are 0: nothing is learnt", where="pair_weight", fix="give one of them a weight")
         self.config, self.taught = config, _Taught(config, opened)
         begun = locate_model(Path(config.after or config.diffusion))
         follows = locate_model(Path(config.after), "fake") if config.after else begun

@@ -20,6 +20,7 @@ from ..models.generators.conditions import TextCondition
 from ..models.open import open_tokenizer
 from ..models.tokenizers.base import Tokenizer
 from ..models.tokenizers.layout import TokenLayout
+from .adapt import AdaptStage
 from .classifier import ClassifierStage
 from .contrast import ContrastStage
 from .dd2 import DD2Stage, DiffusionStage
@@ -74,7 +75,8 @@ def build_generator(config: GeneratorRun, workers: Workers) -> Built:
     }  # fmt: skip
     node = fill(config.generator, known)
     _check_complete(node, layout)
-    stage = (ContrastStage if config.contrast else GeneratorStage)(config, node, tokenizer, facts)
+    kind = ContrastStage if config.contrast else AdaptStage if config.adapt else GeneratorStage
+    stage = kind(config, node, tokenizer, facts)
     stage.generator.plan.check(layout)
     if stage.generator.text is not None:
         _check_texts(stage.generator.text, train, validate)

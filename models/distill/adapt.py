@@ -5,6 +5,9 @@ Shapes: `B` batch, `L` slots, `D` code width, `C` width, `V` codebook.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,7 +45,7 @@ class VectorEmbedding(nn.Module):
 def continuous(teacher: nn.Module, embed_dim: PositiveInt, hidden: PositiveInt = 1024) -> NextToken:
     """A `NextToken` whose table of tokens is replaced, in place, by a `VectorEmbedding`; set its `codebook` before use.
 
-    First fit the embedding by `embedding_loss`, then train the whole as any generator (the paper: 200,000 steps).
+    Then `inherit` the weights of one that was trained, and train the whole as any generator (the paper: 200,000 steps).
 
     Args:
         teacher: a `NextToken`.
@@ -52,11 +55,36 @@ def continuous(teacher: nn.Module, embed_dim: PositiveInt, hidden: PositiveInt =
     Raises:
         ValueError: another generator, or one that reads vectors already.
     """
-    if not isinstance(teacher, NextToken) or not isinstance(teacher.tokens, nn.Embedding):
+    if not reads_codes_alone(teacher):
         raise ValueError(f"a {type(teacher).__name__} has no table of tokens; take a NextToken as it is published")
     dim = teacher.transformer.config.dim
     teacher.tokens = VectorEmbedding(teacher.vocab_size, embed_dim, dim, hidden)  # type: ignore[assignment]
     return teacher
+
+
+def reads_codes_alone(teacher: nn.Module) -> TypeGuard[NextToken]:
+    """Whether it is a next-token generator that has to be made `continuous` first."""
+    return isinstance(teacher, NextToken) and isinstance(teacher.tokens, nn.Embedding)
+
+
+def continuous_node(node: Mapping[str, Any], embed_dim: int, hidden: int) -> dict[str, Any]:
+    """The node of what `continuous` makes of the generator of `node`."""
+    return {"_target_": f"{__name__}.continuous", "teacher": dict(node), "embed_dim": embed_dim, "hidden": hidden}
+
+
+def inherit(model: nn.Module, teacher: nn.Module, codebook: Tensor, steps: int = 1000) -> None:
+    """Give a model the teacher's weights, as far as it has them; a new `VectorEmbedding` is fitted to the teacher's table.
+
+    Args:
+        model: of the teacher's shape, perhaps with another embedding, perhaps without its head.
+        teacher: that was trained.
+        codebook: `[V, D]`.
+        steps: see `fit_embedding`.
+    """
+    own = model.state_dict()
+    model.load_state_dict({**own, **{name: value for name, value in teacher.state_dict().items() if name in own}})
+    if isinstance(tokens := getattr(model, "tokens", None), VectorEmbedding) and reads_codes_alone(teacher):
+        fit_embedding(tokens, teacher.tokens.weight.detach(), codebook, steps)
 
 
 def embedding_loss(embedding: VectorEmbedding, table: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ def without_dropout(node: Mapping[str, Any]) -> dict[str, Any]:
     give: the dropout that keeps a teacher from learning its images by heart only hides it (docs/decisions.md).
     """
     rates = [name for name in inspect.signature(resolve_target(node["_target_"])).parameters if name.endswith(_RATES)]
-    return {**node, **dict.fromkeys(rates, 0.0)}
+    parts = {name: without_dropout(part) for name, part in node.items() if isinstance(part, Mapping) and "_target_" in part}
+    return {**node, **parts, **dict.fromkeys(rates, 0.0)}
 
 
 def student_node(

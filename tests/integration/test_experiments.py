@@ -31,13 +31,18 @@ TOKENIZERS = {
     **dict.fromkeys(("cifar10_llamagen", "cifar10_teacher", "cifar10_next_scale", "cifar10_block"), "cifar10_multiscale"),
 }  # fmt: skip
 """Whose codes each generator learns here."""
-TOKENIZERS |= {name: TOKENIZERS[name[4:].replace("digits", "digits_llamagen")] for name in TEXTS if name.startswith("cca_")}
-SMALL_TEACHERS = {"digits": "digits_llamagen", "cifar10": "cifar10_teacher"}
-TEACHERS = {
-    name: SMALL_TEACHERS.get(student, student) for name in TEXTS
-    for kind, _, student in [name.removesuffix("_start").partition("_")] if kind in ("dd1", "diffusion", "dd2")
-}  # fmt: skip
-"""Whose trajectories each student learns here, drawn on the fly."""
+
+
+def named(key):
+    """Which recipe's run each recipe names under a key."""
+    found = {name: re.search(rf'\b{key}: "?\$\{{paths.runs\}}/(\w+)', text) for name, text in TEXTS.items()}
+    return {name: match[1] for name, match in found.items() if match}
+
+
+REFERENCES, TEACHERS, AFTER = named("reference"), named("model"), named("after")
+"""Where each fine-tuning begins, whose trajectories each student learns here (drawn on the fly), which run a run goes on from."""
+TOKENIZERS |= {name: TOKENIZERS[reference] for name, reference in REFERENCES.items()}
+FINE_TUNING = {"cca": "contrast", "adapt": "adapt"}
 THIN = ["tokenizer.encoder.width=32", "tokenizer.encoder.blocks=1", "tokenizer.decoder.blocks=1"]
 CUT = {
     "llamagen_vq": [*THIN, "tokenizer.quantizer.codebook_size=64"],
@@ -75,6 +80,9 @@ CUT = {
     "diffusion_": ["fit_steps=2"],
     "diffusion_var": ["fit_steps=2", "width=64"],
     "diffusion_llamagen": ["fit_steps=2", "width=64"],
+    "adapt_llamagen": [
+        "generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32", "adapt.fit_steps=2",
+    ],
     "cca_var": ["generator.dim=64", "generator.layers=2", "generator.heads=2"],
     "cca_llamagen": ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32"],
     "block": ["generator.dim=64", "generator.layers=2", "generator.heads=2", "generator.multiple_of=32"],
@@ -162,10 +170,10 @@ def take_step(start, noise, captioned, folder):
                 overrides += ["pairs=null", "count=4", f"model={take(TEACHERS[name])}"]
             if STAGES[name] == "dd2":
                 overrides.append(f"diffusion={take(name.removesuffix('_start').replace('dd2', 'diffusion'))}")
-            if "after:" in TEXTS[name]:
-                overrides.append(f"after={take(f'{name}_start')}")
-            if name.startswith("cca_"):
-                overrides.append(f"contrast.reference={take(name[4:].replace('digits', 'digits_llamagen'))}")
+            if name in AFTER:
+                overrides.append(f"after={take(AFTER[name])}")
+            if name in REFERENCES:
+                overrides.append(f"{FINE_TUNING[name.partition('_')[0]]}.reference={take(REFERENCES[name])}")
             if "perceptual_weight" in TEXTS[name]:
                 overrides.append("losses.lpips_weights=lpips.safetensors")
             if "override /discriminator: dino" in TEXTS[name]:

@@ -83,4 +83,4 @@ def test_pairs_beside_scores_or_alone(tmp_path):
     for score, both, pairs in zip(found["scores"], found["both"], found["pairs"], strict=True):
         assert torch.allclose(both, score + 0.5 * pairs, rtol=1e-4, atol=1e-6)
     with pytest.raises(UserError, match="nothing is learnt"):
-        DD2Stage(compose("dd2", [*words, "score_weight=0"]).typed, opened)
+        compose("dd2", [*words, "score_weight=0"])
