@@ -40,7 +40,7 @@ def named(key):
 
 
 REFERENCES, TEACHERS, AFTER = named("reference"), named("model"), named("after")
-"""Where each fine-tuning begins, whose trajectories each student learns here (drawn on the fly), which run a run goes on from."""
+"""Where each fine-tuning begins, whose trajectories a student learns here (drawn on the fly), which run a run goes on from."""
 TOKENIZERS |= {name: TOKENIZERS[reference] for name, reference in REFERENCES.items()}
 FINE_TUNING = {"cca": "contrast", "adapt": "adapt"}
 THIN = ["tokenizer.encoder.width=32", "tokenizer.encoder.blocks=1", "tokenizer.decoder.blocks=1"]
