@@ -463,7 +463,7 @@ MISTAKES: dict[str, tuple[Mistake, ...]] = {
         Mistake("a tokenizer that is to help", "tokar sample runs/stu student.teacher=runs/tok student.keep=2"),
         Mistake("help in other codes", "tokar sample runs/stu student.teacher=runs/far student.keep=2", OF_OTHER_CODES),
         Mistake("a token in no step", "tokar sample runs/dif student.euler=0"),
-        Mistake("DD2 that learns from nothing", f"{DD2} score_weight=0"),
+        Mistake("DD2 that learns from nothing", f"{DD2} score_weight=0 pair_weight=0"),
         Mistake("DD2 from a student", f"{DD2} diffusion=runs/stu"),
         Mistake("DD2 from the diffusion form of another teacher", f"{DD2} model=runs/twin", TWIN),
         Mistake(
