@@ -133,7 +133,7 @@ class Contest(Setting):
         """Of a student one step, all that it was trained for, and those with its teacher's help; of others what they do."""
         compile = self.config.strategy.compile or None
         if isinstance(model, OneStepGenerator):
-            return {"DD2, 1 step": Ask(compile=compile)}
+            return {"DD2, 1 step": Ask(compile=compile), "DD2, 1 step, not snapped": Ask(split=0, compile=compile)}
         if not isinstance(model, Student):
             return {"diffusion, token by token": Ask()}
         steps = model.timesteps

@@ -247,6 +247,7 @@ def test_a_table_of_teacher_students_and_what_needs_no_training(folder, start):
     assert cost == {
         "teacher": (128, 64), "independent": (0, 0), "teacher, last 32 skipped": (64, 32), "DD1, 1 step": (1, 1),
         "DD1, 2 steps": (2, 2), "DD1, teacher from 2 to 5": (1 + 2 * 3 + 1, 1 + 3 + 1), "DD2, 1 step": (1, 1),
+        "DD2, 1 step, not snapped": (1, 1),
     }  # fmt: skip
     assert len({result.protocol_id for result in results}) == 1
     assert rows["teacher"]["times_as_fast"] == 1
