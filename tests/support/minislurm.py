@@ -117,6 +117,10 @@ class Cluster:
         """Start the daemon of one node."""
         self.run("slurmd", "-N", node, "-d", str(self.prefix / "usr/sbin/slurmstepd"))
 
+    def resume(self, node: str) -> None:
+        """Take a node back into service, if it has not come back by itself as soon as its daemon registered."""
+        self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+
     def stop(self) -> None:
         """End every process of this cluster: daemons, jobs, and whatever they started."""
         for _ in range(3):

@@ -96,7 +96,7 @@ class Ordeal:
         node, before = self.cluster.nodes[1], self.restarts()
         self.cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
         self.cluster.until(lambda: self.restarts() > before, 120, "the requeue")
-        self.cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
+        self.cluster.resume(node)
 
     def time_limit(self):
         """The ranks stand still, so that the minute costs nothing; Slurm's warning wakes them."""

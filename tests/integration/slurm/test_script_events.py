@@ -50,7 +50,7 @@ def test_every_event_is_answered_with_a_requeue(cluster, job, login, tmp_path, c
         run(*command)
         cluster.until(lambda: job.restarts() == restart, 200, f"the requeue after {name}")
         if name == "node failure":
-            run("scontrol", "update", f"nodename={cluster.nodes[1]}", "state=resume")
+            cluster.resume(cluster.nodes[1])
         if name == "time limit":
             run("scontrol", "update", f"jobid={job.number}", "TimeLimit=UNLIMITED")
         job.started(restart)
