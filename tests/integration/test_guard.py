@@ -108,8 +108,10 @@ def were_left_behind(command):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
 def test_bad_batches_are_left_behind_in_shards(strategy, digits, tmp_path):
-    command = Pair(tmp_path, FAULTS, *TOKENIZER, f"strategy={strategy}", "strategy.devices=2", f"data.path={digits}")
-    assert command.wait() == 0, command.said()
+    ranks = [f"strategy={strategy}", "strategy.devices=2", "guard.hang_after=40"]
+    command = Pair(tmp_path, FAULTS, *TOKENIZER, *ranks, f"data.path={digits}")
+    ended = command.wait()  # a rank that hangs says where before that gives up
+    assert ended == 0, command.said() + "".join(path.read_text() for path in (tmp_path / "run/hang").glob("*"))
     were_left_behind(command)
 
 
