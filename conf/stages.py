@@ -222,7 +222,7 @@ class DD2Run(ScoredRun):
     form: Literal["sid", "dmd"] = Field("sid", description="of the distillation loss; dmd needs less memory")
     alpha: NonNegativeFloat = Field(1.0, description="of form=sid")
     score_weight: NonNegativeFloat = Field(
-        1.0, description="of the distillation loss; 0: none, and no fake score network learns"
+        1.0, description="of the distillation loss; 0: none, the fake score network waits, the generator moves at every step"
     )
     pair_weight: NonNegativeFloat = Field(
         0.0, description="of the squared distance from a pair's noise, in one step, to its tokens (DMD's regression; DD2: none)"
